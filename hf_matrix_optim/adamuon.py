@@ -1,0 +1,148 @@
+"""AdaMuon: an orthogonalized update divided by the root of its own second moment, in both published forms."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from hf_matrix_optim.matrix_optimizer import MatrixOptimizer
+from hf_matrix_optim.newton_schulz import coefficients_for, newton_schulz
+
+VARIANTS = ("v1", "v2")
+
+
+class AdaMuon(MatrixOptimizer):
+    """AdaMuon for the matrix groups, AdamW for the others, in one optimizer.
+
+    ``variant="v2"``, the second version of the paper::
+
+        M = beta M + G                                 (heavy ball)
+        O = newton_schulz(sign(M))                     (nesterov: sign(G + beta M), the authors' released form)
+        V = beta V + (1 - beta) O * O                  (no bias correction)
+        D = O / (sqrt(V) + eps)
+        W = W - lr (0.2 D / RMS(D) + weight_decay W)   (0.2 sqrt(fan_out fan_in) / ||D||_F, per matrix)
+
+    ``variant="v1"``, the first version::
+
+        M = beta M + (1 - beta) G                      (average)
+        O = newton_schulz(M)
+        V = beta2 V + (1 - beta2) O * O,  V^ = V / (1 - beta2^t)
+        D = O / (sqrt(V^) + eps)
+        W = W - lr (0.2 D / (RMS(D) + eps) + weight_decay W)
+
+    Args:
+        params: groups of ``param_groups_for(model)``, or any torch param groups with a ``role``.
+        lr: learning rate, at least 0; a float or a 1-element tensor. A group may carry its own.
+        weight_decay: decoupled decay per unit of learning rate, at least 0.
+        momentum: beta, in [0, 1).
+        nesterov: take the lookahead instead of the momentum; not in the paper's equations.
+        variant: "v2" or "v1".
+        beta2: of the second moment, in [0, 1); v1 alone has one (None: 0.999), v2 uses ``momentum``.
+        eps: at least 0, in units of an orthonormal matrix's elements.
+        ns_coefficients: a name in ``newton_schulz.NS_COEFFICIENTS``.
+        ns_steps: Newton-Schulz iterations, at least 1.
+        update_rms: root mean square of the update per unit of learning rate, above 0.
+        betas: of the AdamW groups, each in [0, 1).
+        adamw_eps: of the AdamW groups, at least 0.
+        adamw_fused: torch's fused AdamW kernel; None uses it where the device has one.
+        maximize: step along the gradient.
+        map_dtype: precision of the iteration: "auto" (bfloat16 on a GPU, float32 on a CPU), or a dtype's name.
+        max_workspace_bytes: bound of the temporary stacks of a step, in bytes.
+
+    Raises:
+        ValueError: for a value out of range, naming it, and for a matrix group with a parameter that is no matrix.
+
+    Source: AdaMuon (arXiv 2507.11005), algorithm 1 of its third revision for v2, of its first for v1. Differs: in
+    v2, where the paper divides by a norm of 0 (a zero gradient from the start), the update is 0.
+    """
+
+    has_second_moment = True
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        weight_decay: float = 0.1,
+        momentum: float = 0.95,
+        nesterov: bool = False,
+        *,
+        variant: str = "v2",
+        beta2: float | None = None,
+        eps: float = 1e-8,
+        ns_coefficients: str = "jordan",
+        ns_steps: int = 5,
+        update_rms: float = 0.2,
+        betas: tuple[float, float] = (0.9, 0.999),
+        adamw_eps: float = 1e-8,
+        adamw_fused: bool | None = None,
+        maximize: bool = False,
+        map_dtype: str = "auto",
+        max_workspace_bytes: int = 2**30,
+    ) -> None:
+        if variant not in VARIANTS:
+            raise ValueError(f"variant={variant!r} is not one of {', '.join(VARIANTS)}")
+        if variant == "v2" and beta2 is not None:
+            raise ValueError(
+                f"beta2={beta2} is for variant='v1': the second version of the paper has one beta, momentum, for both "
+                "moments"
+            )
+        super().__init__(
+            params,
+            {
+                "lr": lr,
+                "weight_decay": weight_decay,
+                "momentum": momentum,
+                "nesterov": nesterov,
+                "variant": variant,
+                "beta2": 0.999 if variant == "v1" and beta2 is None else beta2,
+                "eps": eps,
+                "ns_coefficients": ns_coefficients,
+                "ns_steps": ns_steps,
+                "update_rms": update_rms,
+                "betas": betas,
+                "adamw_eps": adamw_eps,
+                "fused": adamw_fused,
+                "maximize": maximize,
+                "map_dtype": map_dtype,
+                "max_workspace_bytes": max_workspace_bytes,
+            },
+        )
+
+    @property
+    def algorithm(self) -> str:  # type: ignore[override]
+        return "adamuon_v1" if self.defaults["variant"] == "v1" else "adamuon"
+
+    @property
+    def momentum_is_average(self) -> bool:  # type: ignore[override]
+        return bool(self.defaults["variant"] == "v1")
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        super()._check_group(group)
+        coefficients_for(group["ns_coefficients"], group["ns_steps"])
+        if not group["eps"] >= 0:
+            raise ValueError(f"eps={group['eps']!r} is not allowed: it must be at least 0")
+        if group["beta2"] is not None and not 0 <= group["beta2"] < 1:
+            raise ValueError(f"beta2={group['beta2']!r} is not allowed: it must be at least 0 and below 1")
+
+    def _scale(self, fan_out: int, fan_in: int, group: dict[str, Any]) -> float:
+        return float(group["update_rms"])  # the direction has root mean square 1
+
+    def _direction(
+        self, lookahead: Tensor, second_moment: Tensor | None, group: dict[str, Any], step: float
+    ) -> tuple[Tensor, Tensor | None]:
+        assert second_moment is not None
+        is_v1 = group["variant"] == "v1"
+        orthogonal = newton_schulz(
+            lookahead if is_v1 else torch.sign(lookahead),
+            ns_coefficients=group["ns_coefficients"],
+            ns_steps=group["ns_steps"],
+            map_dtype=self._map_dtype(lookahead, group),
+        )
+        beta2 = group["beta2"] if is_v1 else group["momentum"]
+        second_moment = beta2 * second_moment + (1 - beta2) * orthogonal.square()
+        corrected = second_moment / (1 - beta2**step) if is_v1 else second_moment
+        adapted = orthogonal / (corrected.sqrt() + group["eps"])
+        rms = adapted.square().mean(dim=(-2, -1), keepdim=True).sqrt()  # per matrix, (b, 1, 1)
+        rms = rms + group["eps"] if is_v1 else torch.where(rms > 0, rms, 1)
+        return adapted / rms, second_moment

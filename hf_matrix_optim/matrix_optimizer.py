@@ -1,0 +1,407 @@
+"""The one ``step()`` and the one ``state_dict`` of every matrix optimizer.
+
+A gradient's way through a matrix group: ``step`` -> ``_step_matrix_group`` (which parameters, which state) ->
+``_step_entries`` (matrices of one shape in stacks under the workspace cap) -> ``_step_stack`` (momentum, direction,
+decay and update on the whole stack). A subclass is a constructor and ``_direction``. AdamW groups go through
+torch's own ``adamw``.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, fields
+from typing import Any, overload
+
+import torch
+from torch import Tensor
+from torch.optim.adamw import adamw
+from torch.optim.optimizer import Optimizer, ParamsT
+
+from hf_matrix_optim.checkpoint_check import check_checkpoint
+from hf_matrix_optim.matrix_layout import MatrixLayout, from_matrices, split_parts, to_matrices
+from hf_matrix_optim.sharding.full_tensor import is_sharded, whole, write_shard
+from hf_matrix_optim.update_scale import UPDATE_SCALES, update_scale
+
+ROLES = ("adamw", "matrix")
+MAP_DTYPES = {
+    "float64": torch.float64,
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+#: Device types for which torch has a fused AdamW.
+FUSED_ADAMW_DEVICES = ("cpu", "cuda", "xpu", "mps")
+#: Tensors of a stack's size that are alive at once in ``_step_stack``, for the workspace cap.
+STACK_COPIES = 8
+
+
+@dataclass
+class Matrices:
+    """The tensors of one parameter, or of a slice of it, that a step reads and writes; all of the same shape.
+
+    ``skipped`` is (matrices,) int64: how often each matrix was left alone because its gradient was not finite.
+    """
+
+    param: Tensor
+    grad: Tensor
+    momentum: Tensor
+    second_moment: Tensor | None
+    skipped: Tensor
+
+    def parts(self, layout: MatrixLayout) -> Iterator["Matrices"]:
+        """One entry for each matrix, or contiguous stack of matrices, that the parameter is read as."""
+        split = [split_parts(tensor, layout) for tensor in (self.param, self.grad, self.momentum)]
+        second = [None] * len(split[0]) if self.second_moment is None else split_parts(self.second_moment, layout)
+        skipped = self.skipped.chunk(len(split[0]))
+        yield from (Matrices(*tensors) for tensors in zip(*split, second, skipped, strict=True))
+
+    def stacked_slices(self, count: int) -> Iterator["Matrices"]:
+        """Slices of at most ``count`` matrices of a (b, m, n) stack; anything else comes back whole."""
+        if self.param.ndim != 3 or self.skipped.numel() <= count:
+            yield self
+            return
+        for start in range(0, self.param.size(0), count):
+            stop = start + count
+            second = None if self.second_moment is None else self.second_moment[start:stop]
+            yield Matrices(
+                self.param[start:stop],
+                self.grad[start:stop],
+                self.momentum[start:stop],
+                second,
+                self.skipped[start:stop],
+            )
+
+
+class MatrixOptimizer(Optimizer):
+    """Base of the matrix optimizers; use ``Muon``, ``AdaMuon`` or ``MUD``.
+
+    ::
+
+        M = beta M + w G                     (w = 1, heavy ball; 1 - beta where a subclass sets momentum_is_average)
+        U = w G + beta M if nesterov else M
+        O = direction(U)                     (the subclass)
+        W = W - lr (s O + weight_decay W)    (s: update_scale, so that the update's root mean square is update_rms)
+
+    A matrix whose gradient or momentum is not finite is left as it is in that step and counted in
+    ``state[p]["skipped"]``, without a device synchronisation. A parameter whose ``grad`` is None is left alone.
+    """
+
+    algorithm: str
+    momentum_is_average: bool = False
+    has_second_moment: bool = False
+
+    def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
+        if isinstance(defaults["lr"], Tensor) and defaults["lr"].numel() != 1:
+            raise ValueError(f"a tensor lr must have 1 element, but has shape {tuple(defaults['lr'].shape)}")
+        super().__init__(params, {"role": "matrix", "algorithm": None, **defaults})
+
+    # ---- groups ----
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group; ``role`` is "adamw" or "matrix" (the default), and every value is checked.
+
+        Raises:
+            ValueError: for a value out of range, or a parameter of a matrix group that cannot be read as matrices.
+        """
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        try:
+            self._check_group(group)
+        except (ValueError, TypeError):
+            self.param_groups.pop()
+            raise
+        group["algorithm"] = self.algorithm if group["role"] == "matrix" else "adamw"
+        if group["role"] == "adamw":
+            if group["fused"] is None:
+                group["fused"] = all(
+                    p.is_floating_point() and p.device.type in FUSED_ADAMW_DEVICES for p in group["params"]
+                )
+        else:
+            layout = MatrixLayout.from_group(group)
+            group.update({field.name: getattr(layout, field.name) for field in fields(layout)})
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        if group["role"] not in ROLES:
+            raise ValueError(f"role={group['role']!r} of a param group is not one of {', '.join(ROLES)}")
+        _check(group, "lr", lambda value: value >= 0, "at least 0")
+        _check(group, "weight_decay", lambda value: value >= 0, "at least 0")
+        _check(group, "momentum", lambda value: 0 <= value < 1, "at least 0 and below 1")
+        _check(group, "update_rms", lambda value: value > 0, "above 0")
+        _check(group, "adamw_eps", lambda value: value >= 0, "at least 0")
+        _check(group, "betas", lambda value: all(0 <= beta < 1 for beta in value), "each at least 0 and below 1")
+        _check(group, "map_dtype", lambda value: value in ("auto", *MAP_DTYPES), f"auto, {', '.join(MAP_DTYPES)}")
+        _check(group, "max_workspace_bytes", lambda value: value > 0, "above 0")
+        if "update_scale" in group:
+            _check(group, "update_scale", lambda value: value in UPDATE_SCALES, " or ".join(UPDATE_SCALES))
+        for i, p in enumerate(group["params"]):
+            if torch.is_complex(p):
+                raise ValueError(f"parameter {_name(group, i)} is complex: only real parameters are supported")
+            if not p.is_floating_point():
+                raise TypeError(
+                    f"parameter {_name(group, i)} is {p.dtype}: only floating-point parameters are trained"
+                )
+            if group["role"] == "matrix":
+                MatrixLayout.from_group(group).check(tuple(p.shape), _name(group, i))
+
+    # ---- step ----
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Update every parameter that has a gradient; returns the closure's loss.
+
+        Raises:
+            RuntimeError: for a sparse gradient, naming the parameter.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for i, p in enumerate(group["params"]):
+                if p.grad is not None and p.grad.is_sparse:
+                    raise RuntimeError(
+                        f"parameter {_name(group, i)} has a sparse gradient, which is not supported: "
+                        "use nn.Embedding(sparse=False)"
+                    )
+            if group["role"] == "matrix":
+                self._step_matrix_group(group)
+            else:
+                self._step_adamw_group(group)
+        return loss
+
+    def _step_matrix_group(self, group: dict[str, Any]) -> None:
+        layout = MatrixLayout.from_group(group)
+        by_step: dict[float, list[Matrices]] = defaultdict(list)  # parameters that joined later are behind the others
+        for p in group["params"]:
+            if p.grad is None:
+                continue
+            state = self._matrix_state(p, layout)
+            state["step"] += 1
+            entry = Matrices(p, p.grad, state["momentum_buffer"], state.get("exp_avg_sq"), state["skipped"])
+            if is_sharded(p):
+                self._step_sharded(entry, layout, group, state["step"].item())
+            else:
+                by_step[state["step"].item()].append(entry)
+        for step, entries in by_step.items():
+            self._step_entries(entries, layout, group, step)
+
+    def _step_entries(self, entries: list[Matrices], layout: MatrixLayout, group: dict[str, Any], step: float) -> None:
+        stacks: dict[tuple[Any, ...], list[Matrices]] = defaultdict(list)
+        for entry in entries:
+            for part in entry.parts(layout):
+                fan_out, fan_in = to_matrices(part.param, layout).shape[-2:]
+                shape = (min(fan_out, fan_in), max(fan_out, fan_in))
+                scale = self._scale(fan_out, fan_in, group)
+                key = (*shape, scale, part.param.dtype, part.momentum.dtype, part.param.device)
+                stacks[key].append(part)
+        for (k, d, scale, *_), parts in stacks.items():
+            matrix_bytes = STACK_COPIES * k * d * parts[0].momentum.element_size()
+            for stack in _chunks(parts, max(1, group["max_workspace_bytes"] // matrix_bytes)):
+                self._step_stack(stack, layout, group, step, scale)
+
+    def _step_sharded(self, entry: Matrices, layout: MatrixLayout, group: dict[str, Any], step: float) -> None:
+        """Every rank gathers the whole parameter, steps it, and keeps its own shard."""
+        second = entry.second_moment
+        gathered = Matrices(
+            whole(entry.param),
+            whole(entry.grad),
+            whole(entry.momentum),
+            None if second is None else whole(second),
+            entry.skipped,
+        )
+        self._step_entries([gathered], layout, group, step)
+        write_shard(entry.param, gathered.param)
+        write_shard(entry.momentum, gathered.momentum)
+        if second is not None and gathered.second_moment is not None:
+            write_shard(second, gathered.second_moment)
+
+    def _matrix_state(self, p: Tensor, layout: MatrixLayout) -> dict[str, Any]:
+        state: dict[str, Any] = self.state[p]
+        if not state:
+            dtype = _state_dtype(p)
+            state["step"] = torch.tensor(0.0, dtype=torch.float32)
+            state["momentum_buffer"] = torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format)
+            if self.has_second_moment:
+                state["exp_avg_sq"] = torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format)
+            state["skipped"] = torch.zeros(layout.matrix_count(tuple(p.shape)), dtype=torch.int64, device=p.device)
+        return state
+
+    def _step_stack(
+        self, stack: list[Matrices], layout: MatrixLayout, group: dict[str, Any], step: float, scale: float
+    ) -> None:
+        """One step of matrices that have one shape once tall ones are transposed, (b, k, d) with k <= d."""
+        dtype = stack[0].momentum.dtype
+        grad = _gather([entry.grad for entry in stack], layout).to(dtype)
+        if group["maximize"]:
+            grad = -grad
+        beta = group["momentum"]
+        if self.momentum_is_average:
+            grad = grad * (1 - beta)
+        before = _gather([entry.momentum for entry in stack], layout)
+        momentum = beta * before + grad
+        lookahead = grad + beta * momentum if group["nesterov"] else momentum
+        finite = torch.isfinite(lookahead).all(dim=-1, keepdim=True).all(dim=-2, keepdim=True)  # (b, 1, 1)
+        momentum = torch.where(finite, momentum, before)
+        lookahead = torch.where(finite, lookahead, 0)
+        second_moment = None
+        if self.has_second_moment:
+            second_moment = _gather([_present(entry.second_moment) for entry in stack], layout)
+        direction, new_second_moment = self._direction(lookahead, second_moment, group, step)
+
+        rate = group["lr"] * finite.to(dtype)  # 0 where the matrix is skipped
+        param = _gather([entry.param for entry in stack], layout).to(dtype)
+        param = param * (1 - rate * group["weight_decay"]) - (rate * scale) * direction
+
+        _scatter(param, [entry.param for entry in stack], layout)
+        _scatter(momentum, [entry.momentum for entry in stack], layout)
+        if second_moment is not None and new_second_moment is not None:
+            second_moment = torch.where(finite, new_second_moment, second_moment)
+            _scatter(second_moment, [_present(entry.second_moment) for entry in stack], layout)
+        bad = (~finite).flatten().to(torch.int64)
+        torch._foreach_add_(
+            [entry.skipped for entry in stack], list(torch.split(bad, [entry.skipped.numel() for entry in stack]))
+        )
+
+    def _direction(
+        self, lookahead: Tensor, second_moment: Tensor | None, group: dict[str, Any], step: float
+    ) -> tuple[Tensor, Tensor | None]:
+        """Direction and new second moment of a stack; the rule that a subclass is.
+
+        Args:
+            lookahead: (b, k, d) with k <= d, finite, in the state's dtype; not modified.
+            second_moment: (b, k, d) or None; not modified.
+            group: the param group, for the hyperparameters.
+            step: number of this step, from 1.
+        """
+        raise NotImplementedError
+
+    def _scale(self, fan_out: int, fan_in: int, group: dict[str, Any]) -> float:
+        """Factor from direction to update for a matrix of this shape."""
+        return update_scale(fan_out, fan_in, rule=group["update_scale"], update_rms=group["update_rms"])
+
+    def _map_dtype(self, lookahead: Tensor, group: dict[str, Any]) -> torch.dtype:
+        """Precision of the map; "auto" is bfloat16 for float32 state on a GPU and the state's own elsewhere."""
+        if group["map_dtype"] != "auto":
+            return MAP_DTYPES[group["map_dtype"]]
+        return torch.bfloat16 if lookahead.is_cuda and lookahead.dtype == torch.float32 else lookahead.dtype
+
+    def _step_adamw_group(self, group: dict[str, Any]) -> None:
+        params = [p for p in group["params"] if p.grad is not None]
+        for p in params:
+            state = self.state[p]
+            if not state:
+                # As torch.optim.AdamW: the counter lives on the device only for the fused kernel.
+                state["step"] = torch.zeros((), dtype=torch.float32, device=p.device if group["fused"] else "cpu")
+                state["exp_avg"] = torch.zeros_like(p, memory_format=torch.preserve_format)
+                state["exp_avg_sq"] = torch.zeros_like(p, memory_format=torch.preserve_format)
+        if not params:
+            return
+        beta1, beta2 = group["betas"]
+        adamw(
+            params,
+            [p.grad for p in params if p.grad is not None],
+            [self.state[p]["exp_avg"] for p in params],
+            [self.state[p]["exp_avg_sq"] for p in params],
+            [],
+            [self.state[p]["step"] for p in params],
+            fused=group["fused"],
+            amsgrad=False,
+            beta1=beta1,
+            beta2=beta2,
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            eps=group["adamw_eps"],
+            maximize=group["maximize"],
+        )
+
+    # ---- checkpoints ----
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a checkpoint of the same optimizer over the same parameters; nothing changes if it is refused.
+
+        As in torch, the hyperparameters of the checkpoint are taken over; a warning names each one that differs.
+        Momentum keeps its own dtype, also under bfloat16 parameters, and no tensor is shared with ``state_dict``.
+
+        Raises:
+            ValueError: if the checkpoint comes from another optimizer or lists other parameters, naming both.
+        """
+        check_checkpoint(state_dict["param_groups"], self.param_groups)
+        saved_ids = [i for group in state_dict["param_groups"] for i in group["params"]]
+        super().load_state_dict(state_dict)
+        parameters = [(p, group["role"]) for group in self.param_groups for p in group["params"]]
+        for saved_id, (p, role) in zip(saved_ids, parameters, strict=True):
+            for key, value in state_dict["state"].get(saved_id, {}).items():
+                loaded = self.state[p][key]
+                if role == "matrix":  # torch has cast every tensor but the step to the parameter's dtype
+                    device = torch.device("cpu") if key == "step" else p.device
+                    dtype = _state_dtype(p) if value.is_floating_point() and key != "step" else value.dtype
+                    loaded = value.to(device=device, dtype=dtype)
+                self.state[p][key] = loaded.clone() if isinstance(loaded, Tensor) else loaded
+
+
+def _chunks(parts: Iterable[Matrices], count: int) -> Iterator[list[Matrices]]:
+    """``parts`` in order, cut into lists of at most ``count`` matrices."""
+    chunk: list[Matrices] = []
+    filled = 0
+    for part in parts:
+        for piece in part.stacked_slices(count):
+            if chunk and filled + piece.skipped.numel() > count:
+                yield chunk
+                chunk, filled = [], 0
+            chunk.append(piece)
+            filled += piece.skipped.numel()
+    if chunk:
+        yield chunk
+
+
+def _wide(part: Tensor, layout: MatrixLayout) -> Tensor:
+    """The matrices of a part as (b, k, d), tall ones transposed."""
+    matrices = to_matrices(part, layout)
+    return matrices.mT if matrices.size(-2) > matrices.size(-1) else matrices
+
+
+def _gather(parts: list[Tensor], layout: MatrixLayout) -> Tensor:
+    """A new stack (b, k, d) of the matrices in ``parts``."""
+    return torch.cat([_wide(part, layout) for part in parts])
+
+
+def _scatter(stack: Tensor, parts: list[Tensor], layout: MatrixLayout) -> None:
+    """Write a stack that ``_gather`` made back into ``parts``."""
+    pieces = []
+    start = 0
+    for part in parts:
+        matrices = to_matrices(part, layout)
+        piece = stack[start : start + matrices.size(0)]
+        start += matrices.size(0)
+        is_tall = matrices.size(-2) > matrices.size(-1)
+        pieces.append(from_matrices(piece.mT if is_tall else piece, layout, part.shape))
+    torch._foreach_copy_(parts, pieces)
+
+
+def _state_dtype(p: Tensor) -> torch.dtype:
+    """float32 at least, whatever the parameter's dtype."""
+    return torch.promote_types(p.dtype, torch.float32)
+
+
+def _check(group: dict[str, Any], key: str, is_valid: Callable[[Any], bool], allowed: str) -> None:
+    try:
+        valid = bool(is_valid(group[key]))
+    except TypeError:
+        valid = False
+    if not valid:
+        raise ValueError(f"{key}={group[key]!r} is not allowed: it must be {allowed}")
+
+
+def _name(group: dict[str, Any], index: int) -> str:
+    names = group.get("param_names")
+    return repr(names[index]) if names else f"number {index} of its group"
+
+
+def _present(tensor: Tensor | None) -> Tensor:
+    if tensor is None:
+        raise RuntimeError("a matrix parameter has no second moment in its state")
+    return tensor

@@ -1,0 +1,100 @@
+"""Muon: momentum orthogonalized by a Newton-Schulz iteration."""
+
+from typing import Any
+
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from hf_matrix_optim.matrix_optimizer import MatrixOptimizer
+from hf_matrix_optim.newton_schulz import coefficients_for, newton_schulz
+
+
+class Muon(MatrixOptimizer):
+    """Muon for the matrix groups, AdamW for the others, in one optimizer.
+
+    ::
+
+        M = beta M + G                        (heavy ball)
+        U = G + beta M if nesterov else M
+        O = newton_schulz(U)
+        s = 0.2 sqrt(max(fan_out, fan_in))    (update_scale="jordan": sqrt(max(1, fan_out / fan_in)))
+        W = W - lr (s O + weight_decay W)
+
+    Args:
+        params: groups of ``param_groups_for(model)``, or any torch param groups with a ``role``.
+        lr: learning rate, at least 0; a float or a 1-element tensor. A group may carry its own.
+        weight_decay: decoupled decay per unit of learning rate, at least 0.
+        momentum: beta, in [0, 1).
+        nesterov: orthogonalize the lookahead instead of the momentum.
+        ns_coefficients: a name in ``newton_schulz.NS_COEFFICIENTS``.
+        ns_steps: Newton-Schulz iterations, at least 1.
+        update_scale: "match_rms_adamw" or "jordan".
+        update_rms: root mean square of the update per unit of learning rate, above 0.
+        betas: of the AdamW groups, each in [0, 1).
+        adamw_eps: of the AdamW groups, at least 0.
+        adamw_fused: torch's fused AdamW kernel; None uses it where the device has one.
+        maximize: step along the gradient.
+        map_dtype: precision of the iteration: "auto" (bfloat16 on a GPU, float32 on a CPU), or a dtype's name.
+        max_workspace_bytes: bound of the temporary stacks of a step, in bytes.
+
+    Raises:
+        ValueError: for a value out of range, naming it, and for a matrix group with a parameter that is no matrix.
+
+    Source: K. Jordan, Muon (2024); scale: Moonlight (arXiv 2502.16982).
+    """
+
+    algorithm = "muon"
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        weight_decay: float = 0.1,
+        momentum: float = 0.95,
+        nesterov: bool = True,
+        *,
+        ns_coefficients: str = "jordan",
+        ns_steps: int = 5,
+        update_scale: str = "match_rms_adamw",
+        update_rms: float = 0.2,
+        betas: tuple[float, float] = (0.9, 0.999),
+        adamw_eps: float = 1e-8,
+        adamw_fused: bool | None = None,
+        maximize: bool = False,
+        map_dtype: str = "auto",
+        max_workspace_bytes: int = 2**30,
+    ) -> None:
+        super().__init__(
+            params,
+            {
+                "lr": lr,
+                "weight_decay": weight_decay,
+                "momentum": momentum,
+                "nesterov": nesterov,
+                "ns_coefficients": ns_coefficients,
+                "ns_steps": ns_steps,
+                "update_scale": update_scale,
+                "update_rms": update_rms,
+                "betas": betas,
+                "adamw_eps": adamw_eps,
+                "fused": adamw_fused,
+                "maximize": maximize,
+                "map_dtype": map_dtype,
+                "max_workspace_bytes": max_workspace_bytes,
+            },
+        )
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        super()._check_group(group)
+        coefficients_for(group["ns_coefficients"], group["ns_steps"])
+
+    def _direction(
+        self, lookahead: Tensor, second_moment: Tensor | None, group: dict[str, Any], step: float
+    ) -> tuple[Tensor, Tensor | None]:
+        direction = newton_schulz(
+            lookahead,
+            ns_coefficients=group["ns_coefficients"],
+            ns_steps=group["ns_steps"],
+            map_dtype=self._map_dtype(lookahead, group),
+        )
+        return direction, None
