@@ -1,5 +1,6 @@
 """AdaMuon: an orthogonalized update divided by the root of its own second moment, in both published forms."""
 
+import math
 from typing import Any
 
 import torch
@@ -47,7 +48,8 @@ class AdaMuon(MatrixOptimizer):
         adamw_eps: of the AdamW groups, at least 0.
         adamw_fused: torch's fused AdamW kernel; None uses it where the device has one.
         maximize: step along the gradient.
-        map_dtype: precision of the iteration: "auto" (bfloat16 on a GPU, float32 on a CPU), or a dtype's name.
+        map_dtype: precision of the iteration: a dtype's name, or "auto": bfloat16 where the device has native products
+            in it (GPUs, CPUs with AVX512-BF16 or AMX), else that of the state.
         max_workspace_bytes: bound of the temporary stacks of a step, in bytes.
 
     Raises:
@@ -130,7 +132,7 @@ class AdaMuon(MatrixOptimizer):
 
     def _direction(
         self, lookahead: Tensor, second_moment: Tensor | None, group: dict[str, Any], step: float
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> Tensor:
         assert second_moment is not None
         is_v1 = group["variant"] == "v1"
         orthogonal = newton_schulz(
@@ -140,9 +142,12 @@ class AdaMuon(MatrixOptimizer):
             map_dtype=self._map_dtype(lookahead, group),
         )
         beta2 = group["beta2"] if is_v1 else group["momentum"]
-        second_moment = beta2 * second_moment + (1 - beta2) * orthogonal.square()
-        corrected = second_moment / (1 - beta2**step) if is_v1 else second_moment
-        adapted = orthogonal / (corrected.sqrt() + group["eps"])
-        rms = adapted.square().mean(dim=(-2, -1), keepdim=True).sqrt()  # per matrix, (b, 1, 1)
+        second_moment.mul_(beta2).addcmul_(orthogonal, orthogonal, value=1 - beta2)
+        deviation = second_moment.sqrt()
+        if is_v1:
+            deviation.div_(math.sqrt(1 - beta2**step))
+        adapted = orthogonal.div_(deviation.add_(group["eps"]))
+        norm = torch.linalg.vector_norm(adapted, dim=(-2, -1), keepdim=True)  # per matrix, (b, 1, 1)
+        rms = norm / math.sqrt(adapted.size(-2) * adapted.size(-1))
         rms = rms + group["eps"] if is_v1 else torch.where(rms > 0, rms, 1)
-        return adapted / rms, second_moment
+        return adapted.div_(rms)

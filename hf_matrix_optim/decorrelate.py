@@ -36,11 +36,13 @@ def decorrelate(x: Tensor, *, passes: int = 1, map_dtype: torch.dtype | None = N
     solve_dtype = torch.promote_types(map_dtype, torch.float32)
     is_tall = x.size(-2) > x.size(-1)
     rows = x.mT if is_tall else x  # (..., k, d), k <= d
+    rows = unit_norm(rows, dim=-1)
     for _ in range(passes):
-        rows = unit_norm(rows, dim=-1)
         factor = rows.to(map_dtype)
         gram = (factor @ factor.mT).to(solve_dtype)
         # unitriangular=True reads the strict lower triangle and takes the diagonal as 1.
         rows = torch.linalg.solve_triangular(gram, rows.to(solve_dtype), upper=False, unitriangular=True)
-    rows = unit_norm(rows, dim=-1).to(x.dtype)
+        norm = torch.linalg.vector_norm(rows, dim=-1, keepdim=True)  # at most 2 sqrt(k): no need to scale first
+        rows = rows.div_(torch.where(norm > 0, norm, 1))
+    rows = rows.to(x.dtype)
     return rows.mT if is_tall else rows

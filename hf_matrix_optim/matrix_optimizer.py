@@ -18,6 +18,7 @@ from torch.optim.optimizer import Optimizer, ParamsT
 
 from hf_matrix_optim.checkpoint_check import check_checkpoint
 from hf_matrix_optim.matrix_layout import MatrixLayout, from_matrices, split_parts, to_matrices
+from hf_matrix_optim.newton_schulz import largest_magnitude
 from hf_matrix_optim.sharding.full_tensor import is_sharded, whole, write_shard
 from hf_matrix_optim.update_scale import UPDATE_SCALES, update_scale
 
@@ -193,13 +194,11 @@ class MatrixOptimizer(Optimizer):
         stacks: dict[tuple[Any, ...], list[Matrices]] = defaultdict(list)
         for entry in entries:
             for part in entry.parts(layout):
-                fan_out, fan_in = to_matrices(part.param, layout).shape[-2:]
-                shape = (min(fan_out, fan_in), max(fan_out, fan_in))
-                scale = self._scale(fan_out, fan_in, group)
-                key = (*shape, scale, part.param.dtype, part.momentum.dtype, part.param.device)
-                stacks[key].append(part)
-        for (k, d, scale, *_), parts in stacks.items():
-            matrix_bytes = STACK_COPIES * k * d * parts[0].momentum.element_size()
+                shape = to_matrices(part.param, layout).shape[-2:]
+                stacks[(*shape, part.param.dtype, part.momentum.dtype, part.param.device)].append(part)
+        for (fan_out, fan_in, *_), parts in stacks.items():
+            matrix_bytes = STACK_COPIES * fan_out * fan_in * parts[0].momentum.element_size()
+            scale = self._scale(fan_out, fan_in, group)
             for stack in _chunks(parts, max(1, group["max_workspace_bytes"] // matrix_bytes)):
                 self._step_stack(stack, layout, group, step, scale)
 
@@ -233,47 +232,49 @@ class MatrixOptimizer(Optimizer):
     def _step_stack(
         self, stack: list[Matrices], layout: MatrixLayout, group: dict[str, Any], step: float, scale: float
     ) -> None:
-        """One step of matrices that have one shape once tall ones are transposed, (b, k, d) with k <= d."""
+        """One step of matrices of one shape, as one stack (b, fan_out, fan_in)."""
         dtype = stack[0].momentum.dtype
-        grad = _gather([entry.grad for entry in stack], layout).to(dtype)
-        if group["maximize"]:
-            grad = -grad
         beta = group["momentum"]
-        if self.momentum_is_average:
-            grad = grad * (1 - beta)
-        before = _gather([entry.momentum for entry in stack], layout)
-        momentum = beta * before + grad
-        lookahead = grad + beta * momentum if group["nesterov"] else momentum
-        finite = torch.isfinite(lookahead).all(dim=-1, keepdim=True).all(dim=-2, keepdim=True)  # (b, 1, 1)
-        momentum = torch.where(finite, momentum, before)
-        lookahead = torch.where(finite, lookahead, 0)
+        grad = _gather([entry.grad for entry in stack], layout).to(dtype)
+        weight = (1 - beta if self.momentum_is_average else 1) * (-1 if group["maximize"] else 1)
+        if weight != 1:
+            grad.mul_(weight)
+        momentum = _gather([entry.momentum for entry in stack], layout).mul_(beta).add_(grad)
+        lookahead = grad.add_(momentum, alpha=beta) if group["nesterov"] else momentum
+        finite = torch.isfinite(largest_magnitude(lookahead, dim=(-2, -1)))  # (b, 1, 1)
+        all_finite = finite.device.type == "cpu" and bool(finite.all())  # on a GPU, looking would mean waiting
+        if not all_finite:
+            lookahead = torch.where(finite, lookahead, 0)
+            momentum = torch.where(finite, momentum, _gather([entry.momentum for entry in stack], layout))
         second_moment = None
         if self.has_second_moment:
             second_moment = _gather([_present(entry.second_moment) for entry in stack], layout)
-        direction, new_second_moment = self._direction(lookahead, second_moment, group, step)
+        direction = self._direction(lookahead, second_moment, group, step)
 
         rate = group["lr"] * finite.to(dtype)  # 0 where the matrix is skipped
         param = _gather([entry.param for entry in stack], layout).to(dtype)
-        param = param * (1 - rate * group["weight_decay"]) - (rate * scale) * direction
+        param = param.mul_(1 - rate * group["weight_decay"]).addcmul_(direction, -rate * scale)
 
         _scatter(param, [entry.param for entry in stack], layout)
         _scatter(momentum, [entry.momentum for entry in stack], layout)
-        if second_moment is not None and new_second_moment is not None:
-            second_moment = torch.where(finite, new_second_moment, second_moment)
-            _scatter(second_moment, [_present(entry.second_moment) for entry in stack], layout)
-        bad = (~finite).flatten().to(torch.int64)
-        torch._foreach_add_(
-            [entry.skipped for entry in stack], list(torch.split(bad, [entry.skipped.numel() for entry in stack]))
-        )
+        if second_moment is not None:
+            old = [_present(entry.second_moment) for entry in stack]
+            _scatter(
+                second_moment if all_finite else torch.where(finite, second_moment, _gather(old, layout)), old, layout
+            )
+        if not all_finite:
+            bad = (~finite).flatten().to(torch.int64)
+            counts = [entry.skipped.numel() for entry in stack]
+            torch._foreach_add_([entry.skipped for entry in stack], list(torch.split(bad, counts)))
 
     def _direction(
         self, lookahead: Tensor, second_moment: Tensor | None, group: dict[str, Any], step: float
-    ) -> tuple[Tensor, Tensor | None]:
-        """Direction and new second moment of a stack; the rule that a subclass is.
+    ) -> Tensor:
+        """Direction of a stack, (b, fan_out, fan_in); the rule that a subclass is.
 
         Args:
-            lookahead: (b, k, d) with k <= d, finite, in the state's dtype; not modified.
-            second_moment: (b, k, d) or None; not modified.
+            lookahead: (b, fan_out, fan_in), finite, in the state's dtype; not modified.
+            second_moment: (b, fan_out, fan_in), updated in place; None for a rule without one.
             group: the param group, for the hyperparameters.
             step: number of this step, from 1.
         """
@@ -284,10 +285,14 @@ class MatrixOptimizer(Optimizer):
         return update_scale(fan_out, fan_in, rule=group["update_scale"], update_rms=group["update_rms"])
 
     def _map_dtype(self, lookahead: Tensor, group: dict[str, Any]) -> torch.dtype:
-        """Precision of the map; "auto" is bfloat16 for float32 state on a GPU and the state's own elsewhere."""
+        """Precision of the map; "auto" is bfloat16 for float32 state where the device multiplies it natively."""
         if group["map_dtype"] != "auto":
             return MAP_DTYPES[group["map_dtype"]]
-        return torch.bfloat16 if lookahead.is_cuda and lookahead.dtype == torch.float32 else lookahead.dtype
+        return (
+            torch.bfloat16
+            if lookahead.dtype == torch.float32 and has_fast_bfloat16(lookahead.device)
+            else lookahead.dtype
+        )
 
     def _step_adamw_group(self, group: dict[str, Any]) -> None:
         params = [p for p in group["params"] if p.grad is not None]
@@ -358,28 +363,25 @@ def _chunks(parts: Iterable[Matrices], count: int) -> Iterator[list[Matrices]]:
         yield chunk
 
 
-def _wide(part: Tensor, layout: MatrixLayout) -> Tensor:
-    """The matrices of a part as (b, k, d), tall ones transposed."""
-    matrices = to_matrices(part, layout)
-    return matrices.mT if matrices.size(-2) > matrices.size(-1) else matrices
-
-
 def _gather(parts: list[Tensor], layout: MatrixLayout) -> Tensor:
-    """A new stack (b, k, d) of the matrices in ``parts``."""
-    return torch.cat([_wide(part, layout) for part in parts])
+    """A new stack (b, fan_out, fan_in) of the matrices in ``parts``."""
+    return torch.cat([to_matrices(part, layout) for part in parts])
 
 
 def _scatter(stack: Tensor, parts: list[Tensor], layout: MatrixLayout) -> None:
     """Write a stack that ``_gather`` made back into ``parts``."""
-    pieces = []
-    start = 0
-    for part in parts:
-        matrices = to_matrices(part, layout)
-        piece = stack[start : start + matrices.size(0)]
-        start += matrices.size(0)
-        is_tall = matrices.size(-2) > matrices.size(-1)
-        pieces.append(from_matrices(piece.mT if is_tall else piece, layout, part.shape))
-    torch._foreach_copy_(parts, pieces)
+    pieces = torch.split(stack, [to_matrices(part, layout).size(0) for part in parts])
+    torch._foreach_copy_(
+        parts, [from_matrices(piece, layout, part.shape) for piece, part in zip(pieces, parts, strict=True)]
+    )
+
+
+def has_fast_bfloat16(device: torch.device) -> bool:
+    """Whether products in bfloat16 are native: on GPUs, and on CPUs with AVX512-BF16 or AMX."""
+    if device.type == "cpu":
+        queries = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+        return any(getattr(torch.cpu, query, bool)() for query in queries)
+    return device.type == "cuda"
 
 
 def _state_dtype(p: Tensor) -> torch.dtype:

@@ -93,5 +93,5 @@ class MUD(MatrixOptimizer):
 
     def _direction(
         self, lookahead: Tensor, second_moment: Tensor | None, group: dict[str, Any], step: float
-    ) -> tuple[Tensor, Tensor | None]:
-        return decorrelate(lookahead, passes=group["passes"], map_dtype=self._map_dtype(lookahead, group)), None
+    ) -> Tensor:
+        return decorrelate(lookahead, passes=group["passes"], map_dtype=self._map_dtype(lookahead, group))

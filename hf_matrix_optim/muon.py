@@ -34,7 +34,8 @@ class Muon(MatrixOptimizer):
         adamw_eps: of the AdamW groups, at least 0.
         adamw_fused: torch's fused AdamW kernel; None uses it where the device has one.
         maximize: step along the gradient.
-        map_dtype: precision of the iteration: "auto" (bfloat16 on a GPU, float32 on a CPU), or a dtype's name.
+        map_dtype: precision of the iteration: a dtype's name, or "auto": bfloat16 where the device has native products
+            in it (GPUs, CPUs with AVX512-BF16 or AMX), else that of the state.
         max_workspace_bytes: bound of the temporary stacks of a step, in bytes.
 
     Raises:
@@ -90,11 +91,10 @@ class Muon(MatrixOptimizer):
 
     def _direction(
         self, lookahead: Tensor, second_moment: Tensor | None, group: dict[str, Any], step: float
-    ) -> tuple[Tensor, Tensor | None]:
-        direction = newton_schulz(
+    ) -> Tensor:
+        return newton_schulz(
             lookahead,
             ns_coefficients=group["ns_coefficients"],
             ns_steps=group["ns_steps"],
             map_dtype=self._map_dtype(lookahead, group),
         )
-        return direction, None

@@ -57,16 +57,21 @@ def coefficients_for(name: str, ns_steps: int) -> Coefficients:
     return tuple(table[min(i, len(table) - 1)] for i in range(ns_steps))
 
 
+def largest_magnitude(x: Tensor, *, dim: int | tuple[int, int]) -> Tensor:
+    """Largest absolute value over ``dim``, which is kept with size 1; NaN where there is one."""
+    return torch.maximum(x.amax(dim=dim, keepdim=True), -x.amin(dim=dim, keepdim=True))
+
+
 def unit_norm(x: Tensor, *, dim: int | tuple[int, int]) -> Tensor:
     """``x`` divided by its Euclidean norm over ``dim``; zeros stay zero.
 
     The largest magnitude is divided out first, so that neither squares overflow nor small values vanish: the result
     for ``c * x`` is the result for ``x`` from 1e-20 to 1e+20 in float32.
     """
-    largest = x.abs().amax(dim=dim, keepdim=True)
+    largest = largest_magnitude(x, dim=dim)
     x = x / torch.where(largest > 0, largest, 1)
     norm = torch.linalg.vector_norm(x, dim=dim, keepdim=True)
-    return x / torch.where(norm > 0, norm, 1)
+    return x.div_(torch.where(norm > 0, norm, 1))
 
 
 def newton_schulz(
