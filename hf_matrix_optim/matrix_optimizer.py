@@ -194,8 +194,8 @@ class MatrixOptimizer(Optimizer):
         stacks: dict[tuple[Any, ...], list[Matrices]] = defaultdict(list)
         for entry in entries:
             for part in entry.parts(layout):
-                shape = to_matrices(part.param, layout).shape[-2:]
-                stacks[(*shape, part.param.dtype, part.momentum.dtype, part.param.device)].append(part)
+                fan_out, fan_in = to_matrices(part.param, layout).shape[-2:]
+                stacks[fan_out, fan_in, part.param.dtype, part.momentum.dtype, part.param.device].append(part)
         for (fan_out, fan_in, *_), parts in stacks.items():
             matrix_bytes = STACK_COPIES * fan_out * fan_in * parts[0].momentum.element_size()
             scale = self._scale(fan_out, fan_in, group)

@@ -1,0 +1,290 @@
+"""Cases for several gloo processes; ``test_trainer_ranks.py`` starts them. Each function runs on every rank."""
+
+import copy
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from tiny_models import tiny_model
+from tiny_training import OPTIMIZER_NAMES, StepRecorder, arguments, optimizer_of, state_tensors, token_rows
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from transformers import Trainer
+
+from hf_matrix_optim import MatrixTrainer, create_optimizer
+from hf_matrix_optim.options import OPTIONS_CLASSES, MuonOptions
+
+STEPS = 6
+#: Without biases, whose gradients are nothing but rounding where softmax cancels them.
+DDP_MODEL = "llama"
+DDP_ARGUMENTS: dict[str, Any] = {
+    "optim_args": "map_dtype=float32",
+    "learning_rate": 1e-3,
+    "adam_epsilon": 1e-5,
+    "max_steps": STEPS,
+}
+
+
+def assert_same_on_all_ranks(tensors: dict[str, Tensor]) -> None:
+    gathered: list[dict[str, Tensor]] = [{} for _ in range(dist.get_world_size())]
+    dist.all_gather_object(gathered, tensors)
+    for other in gathered:
+        assert other.keys() == tensors.keys()
+        for name, tensor in tensors.items():
+            assert torch.equal(tensor, other[name]), name
+
+
+def full(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+# ---- DDP, through Trainer ----
+
+
+def ddp_training(folder: Path, name: str) -> None:
+    """Leaves the weights for a comparison with one process and batches of twice the size."""
+    args = arguments(folder, optim=name, **DDP_ARGUMENTS)
+    trainer = Trainer(tiny_model(DDP_MODEL), args, train_dataset=token_rows(48))
+    trainer.train()
+    assert isinstance(trainer.model_wrapped, nn.parallel.DistributedDataParallel)
+    assert_same_on_all_ranks(state_tensors(trainer.model, optimizer_of(trainer)))
+    if dist.get_rank() == 0:
+        torch.save(trainer.model.state_dict(), folder / f"ddp_{name}.pt")
+
+
+def ddp_resume(folder: Path) -> None:
+    """Rank 0 saves the optimizer; both go on from it bit by bit."""
+    values = {"optim": "adamuon_v1", "save_strategy": "steps", "save_steps": 3, **DDP_ARGUMENTS}
+    runs = []
+    for checkpoint in (None, str(folder / "ddp_resume" / "checkpoint-3")):
+        trainer = Trainer(tiny_model("gpt2"), arguments(folder / "ddp_resume", **values), train_dataset=token_rows(48))
+        trainer.train(resume_from_checkpoint=checkpoint)
+        runs.append(state_tensors(trainer.model, optimizer_of(trainer)))
+        dist.barrier()
+    whole, resumed = runs
+    assert whole.keys() == resumed.keys()
+    for name, tensor in whole.items():
+        assert torch.equal(tensor, resumed[name]), name
+    assert_same_on_all_ranks(resumed)
+
+
+def ddp_adamw_only(folder: Path) -> None:
+    recorder = StepRecorder()
+    trainer = MatrixTrainer(
+        tiny_model(DDP_MODEL),
+        arguments(folder, max_grad_norm=0.05),
+        train_dataset=token_rows(48),
+        optimizer_options=MuonOptions(),
+        clip="adamw_only",
+        callbacks=[recorder],
+    )
+    trainer.train()
+    adamw = {n for g in optimizer_of(trainer).param_groups if g["role"] == "adamw" for n in g["param_names"]}
+    norm = torch.stack([grad.norm() for name, grad in recorder.gradients[0].items() if name in adamw]).norm()
+    torch.testing.assert_close(norm, torch.tensor(0.05), rtol=1e-4, atol=0)
+    assert_same_on_all_ranks(state_tensors(trainer.model, optimizer_of(trainer)))
+
+
+class PickyModel(nn.Module):
+    """Each rank uses a layer of its own, and one layer is used by none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(96, 8)
+        self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(dist.get_world_size() + 1))
+        self.out = nn.Linear(8, 96)
+
+    def forward(self, input_ids: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        logits = self.out(self.layers[dist.get_rank()](self.embedding(input_ids)))
+        return {"loss": nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())}
+
+
+def ddp_unused_parameters(folder: Path, name: str) -> None:
+    torch.manual_seed(0)
+    model = PickyModel()
+    before = copy.deepcopy(model.state_dict())
+    args = arguments(folder, optim=name, weight_decay=0.1, ddp_find_unused_parameters=True)
+    trainer = Trainer(model, args, train_dataset=token_rows(48))
+    trainer.train()
+    tensors = state_tensors(model, optimizer_of(trainer))
+    assert_same_on_all_ranks(tensors)
+    unused = f"layers.{dist.get_world_size()}."
+    for parameter_name, value in before.items():
+        is_unused = parameter_name.startswith(unused)
+        assert torch.equal(tensors[parameter_name], value) == is_unused, parameter_name
+        assert any(key.startswith(f"{parameter_name}: ") for key in tensors) == (not is_unused)
+
+
+# ---- FSDP2, by fully_shard ----
+
+
+class UnevenModel(nn.Module):
+    """Rows that two ranks cannot share evenly, a single row, a stack of three matrices."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(11, 6)
+        self.up = nn.Linear(6, 7)
+        self.norm = nn.LayerNorm(7)
+        self.down = nn.Linear(7, 5, bias=False)
+        self.stack = nn.Parameter(torch.randn(3, 5, 5))
+        self.row = nn.Linear(5, 1, bias=False)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        hidden = self.down(torch.tanh(self.norm(self.up(self.embedding(tokens)))))
+        mixed = torch.einsum("eoi,...i->...eo", self.stack, hidden).tanh().sum(dim=-2)
+        return (self.row(mixed) - 1).square().mean()
+
+
+def uneven_model() -> UnevenModel:
+    torch.manual_seed(0)
+    return UnevenModel()
+
+
+def uneven_optimizer(name: str, model: nn.Module, **options: Any) -> torch.optim.Optimizer:
+    choice = OPTIONS_CLASSES[name](include=("up.weight", "down", "stack", "row"), map_dtype="float32", **options)
+    return create_optimizer(name, model, lr=1e-3, weight_decay=0.1, eps=1e-5, options=choice)
+
+
+def sharded(model: nn.Module, mesh: Any = None) -> nn.Module:
+    for child in (model.up, model.down):
+        fully_shard(child, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
+def train_steps(model: nn.Module, optimizer: torch.optim.Optimizer, steps: range, *, is_sharded: bool) -> None:
+    """Steps on 4 rows of 3 tokens; a rank of a sharded model sees its share of the rows."""
+    for step in steps:
+        tokens = torch.randint(0, 11, (4, 3), generator=torch.Generator().manual_seed(step))
+        if is_sharded:
+            tokens = tokens.chunk(dist.get_world_size())[dist.get_rank()]
+        model(tokens).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def full_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    tensors = {name: full(parameter.detach()) for name, parameter in model.named_parameters()}
+    for name, parameter in model.named_parameters():
+        for key, value in optimizer.state[parameter].items():
+            tensors[f"{name}: {key}"] = full(value)
+    return {name: tensor.clone() for name, tensor in tensors.items()}
+
+
+def assert_close_to(expected: dict[str, Tensor], found: dict[str, Tensor]) -> None:
+    assert expected.keys() == found.keys()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, atol=1e-5, rtol=1e-4, msg=lambda text, n=name: f"{n}: {text}")
+
+
+def fsdp_equals_one_process(folder: Path, name: str, is_hybrid: bool = False) -> None:
+    plain, model = uneven_model(), uneven_model()
+    optimizer = uneven_optimizer(name, plain)
+    train_steps(plain, optimizer, range(20), is_sharded=False)
+
+    shape, names = ((2, 1), ("replicate", "shard")) if is_hybrid else ((dist.get_world_size(),), ("shard",))
+    sharded(model, init_device_mesh("cpu", shape, mesh_dim_names=names))
+    sharded_optimizer = uneven_optimizer(name, model)
+    train_steps(model, sharded_optimizer, range(20), is_sharded=True)
+    assert all(isinstance(parameter, DTensor) for parameter in model.parameters())
+    for parameter in model.parameters():
+        momentum = sharded_optimizer.state[parameter].get("momentum_buffer")
+        assert momentum is None or momentum.placements == parameter.placements
+    tensors = full_state(model, sharded_optimizer)
+    assert_same_on_all_ranks(tensors)
+    assert_close_to(full_state(plain, optimizer), tensors)
+
+
+def fsdp_swaps_parameters(folder: Path) -> None:
+    """As accelerate does: the optimizer is made, given its own state dict, and only then the model is sharded."""
+    plain, model = uneven_model(), uneven_model()
+    optimizer = uneven_optimizer("adamuon_v1", plain)
+    train_steps(plain, optimizer, range(5), is_sharded=False)
+
+    early = uneven_optimizer("adamuon_v1", model)
+    early.load_state_dict(early.state_dict())
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    order = [[names[parameter] for parameter in group["params"]] for group in early.param_groups]
+    sharded(model)
+    new = dict(model.named_parameters())
+    for group, group_names in zip(early.param_groups, order, strict=True):
+        group["params"] = [new[name] for name in group_names]
+    train_steps(model, early, range(5), is_sharded=True)
+    assert_close_to(full_state(plain, optimizer), full_state(model, early))
+
+
+# ---- torch.distributed.checkpoint of sharded state ----
+
+
+def checkpoint_zero_step(folder: Path, name: str) -> None:
+    model = sharded(uneven_model())
+    before = {key: full(value).clone() for key, value in model.state_dict().items()}
+    saved = get_optimizer_state_dict(model, uneven_optimizer(name, model))
+    for key, value in model.state_dict().items():
+        assert torch.equal(full(value), before[key]), key
+    assert saved["state"].keys() == before.keys()
+    for key, state in saved["state"].items():
+        assert all(full(value).isfinite().all() for value in state.values()), key
+        moments = [full(value) for part, value in state.items() if part != "step"]
+        assert not any(moment.count_nonzero() for moment in moments), key
+
+
+def checkpoint_resumes(folder: Path, name: str) -> None:
+    """3 steps, saved to a folder and loaded into new objects, and 3 more equal 6 steps bit by bit."""
+    whole = sharded(uneven_model())
+    optimizer = uneven_optimizer(name, whole)
+    train_steps(whole, optimizer, range(3), is_sharded=True)
+    state = {"model": get_model_state_dict(whole), "optimizer": get_optimizer_state_dict(whole, optimizer)}
+    dcp.save(state, checkpoint_id=str(folder / f"dcp_{name}"))
+    gathered = StateDictOptions(full_state_dict=True)
+    box = [get_model_state_dict(whole, options=gathered), get_optimizer_state_dict(whole, optimizer, options=gathered)]
+    dist.broadcast_object_list(box, src=0)
+    weights, moments = copy.deepcopy(box)  # on rank 0 the step counters are those of the optimizer
+    train_steps(whole, optimizer, range(3, 6), is_sharded=True)
+    expected = full_state(whole, optimizer)
+
+    resumed = sharded(uneven_model())
+    fresh = uneven_optimizer(name, resumed)
+    loaded = {"model": get_model_state_dict(resumed), "optimizer": get_optimizer_state_dict(resumed, fresh)}
+    dcp.load(loaded, checkpoint_id=str(folder / f"dcp_{name}"))
+    set_model_state_dict(resumed, loaded["model"])
+    set_optimizer_state_dict(resumed, fresh, loaded["optimizer"])
+    train_steps(resumed, fresh, range(3, 6), is_sharded=True)
+    found = full_state(resumed, fresh)
+    assert found.keys() == expected.keys()
+    for key, tensor in expected.items():
+        assert torch.equal(found[key], tensor), key
+
+    # Two ranks to one: every rank goes on alone, from the whole state of rank 0.
+    alone = uneven_model()
+    alone_optimizer = uneven_optimizer(name, alone)
+    set_model_state_dict(alone, weights)
+    set_optimizer_state_dict(alone, alone_optimizer, moments)
+    train_steps(alone, alone_optimizer, range(3, 6), is_sharded=False)
+    assert_close_to(expected, full_state(alone, alone_optimizer))
+
+
+CASES: dict[str, Callable[[Path], None]] = {
+    **{f"ddp_{name}": partial(ddp_training, name=name) for name in OPTIMIZER_NAMES},
+    "ddp_resume": ddp_resume,
+    "ddp_adamw_only": ddp_adamw_only,
+    **{f"ddp_unused_parameters_{name}": partial(ddp_unused_parameters, name=name) for name in OPTIMIZER_NAMES},
+    **{f"fsdp_{name}": partial(fsdp_equals_one_process, name=name) for name in OPTIMIZER_NAMES},
+    "fsdp_hybrid": partial(fsdp_equals_one_process, name="muon", is_hybrid=True),
+    "fsdp_swaps_parameters": fsdp_swaps_parameters,
+    **{f"checkpoint_zero_step_{name}": partial(checkpoint_zero_step, name=name) for name in OPTIMIZER_NAMES},
+    **{f"checkpoint_resumes_{name}": partial(checkpoint_resumes, name=name) for name in OPTIMIZER_NAMES},
+}

@@ -1,0 +1,237 @@
+"""The pretraining recipe through its command line: what it refuses, and that runs resume, repeat and save."""
+
+import gzip
+import json
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pretrain
+import pytest
+import qwen2_5
+import torch
+from safetensors.torch import load_file
+from tiny_recipe import ALICE, RECIPES, ROOT, TOKENIZER, contents, flags, losses, run, write_text
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_text(tmp_path_factory.mktemp("text"))
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    return AutoTokenizer.from_pretrained(TOKENIZER)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--preset", "tiny2"], "has no preset tiny2; did you mean tiny?"),
+        (["--lerning_rate", "1e-3"], "unknown argument --lerning_rate; did you mean --learning_rate?"),
+        (["--max_tokens", "1e6"], "give only one of --max_steps, --max_tokens"),
+        (["--dataset_name", "a/b"], "give only one of --train_data, --dataset_name"),
+        (["--gradient_accumulation_steps", "2"], "give only one of --tokens_per_step, --gradient_accumulation_steps"),
+        (["--train_data", "{text}/nothing.txt"], "nothing.txt does not exist"),
+        (["--train_data", "{text}/*.parquet"], "*.parquet does not exist"),
+        (["--train_data", "{bad}/empty.txt"], "empty.txt is empty"),
+        (["--train_data", "{bad}/empty.jsonl.gz"], "empty.jsonl.gz is empty"),
+        (["--validation_data", "{bad}/empty.txt"], "empty.txt is empty"),
+        (["--train_data", "{bad}/blank.txt"], "has 0 tokens"),
+        (["--train_data", "{bad}/binary.txt"], "cannot read"),
+        (["--train_data", "{bad}/notes.pdf"], "notes.pdf is not a kind of file that is read here"),
+        (["--train_data", "{bad}/rows.csv"], "no column 'text'; give --text_column one of number, words"),
+        (["--train_data", "{bad}/rows.csv", "--text_column", "number"], "not text"),
+        (["--train_data", "{text}/validation.txt"], "is in --train_data and in --validation_data"),
+        (["--block_size", "1024", "--tokens_per_step", "1024", "--validation_data", "{text}/train.txt",
+          "--train_data", "{text}/validation.txt"], "less than one block: --block_size is 1,024"),
+        (["--block_size", "2048"], "this model has 1,024 positions"),
+        (["--block_size", "1"], "--block_size is 1; it must be at least 2"),
+        (["--tokens_per_step", "100"], "no multiple of 1 devices x a block of 32 tokens"),
+        (["--per_device_train_batch_size", "3"], "no multiple of --per_device_train_batch_size 3"),
+        (["--tokenizer", "{bad}"], "cannot be loaded"),
+        (["--train_sampling_strategy", "group_by_length"], "the order is fixed here"),
+        (["--resume_from_checkpoint", "true"], "holds no checkpoint"),
+        (["--resume_from_checkpoint", "{bad}"], "no checkpoint of a run there"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_one_error_and_writes_nothing(
+    text: Path, cache: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], more: list[str], message: str
+) -> None:
+    bad = tmp_path / "bad"
+    bad.mkdir()
+    (bad / "empty.txt").touch()
+    (bad / "empty.jsonl.gz").write_bytes(gzip.compress(b""))
+    (bad / "blank.txt").write_text(" \n\n \n")
+    (bad / "binary.txt").write_bytes(bytes(range(128, 256)) * 8)
+    (bad / "notes.pdf").write_text("words")
+    (bad / "rows.csv").write_text("number,words\n1,one\n2,two\n")
+    output = tmp_path / "out"
+    more = [flag.format(text=text, bad=bad) for flag in more]
+    assert run(flags(text, cache, output, *more)) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: ")
+    assert message in error
+    assert not output.exists()
+
+
+def test_a_holdout_of_less_than_a_block_is_refused(text: Path, cache: str, tmp_path: Path, capsys: Any) -> None:
+    argv = flags(text, cache, tmp_path / "out", "--validation_fraction", "1e-9")
+    del argv[argv.index("--validation_data") : argv.index("--validation_data") + 2]
+    assert run(argv) == 2
+    assert "holds out less than one block of 32 tokens: raise it" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("part", "key", "message"),
+    [
+        ("defaults", "lerning_rate", "there is no flag lerning_rate; did you mean learning_rate?"),
+        ("model", "hiden_size", "Qwen2Config has no field hiden_size; did you mean hidden_size?"),
+    ],
+)
+def test_misspelt_preset_keys_are_refused(tmp_path: Path, capsys: Any, part: str, key: str, message: str) -> None:
+    tiny = qwen2_5.PRESETS["tiny"]
+    presets = {"tiny": replace(tiny, **{part: {**getattr(tiny, part), key: 64}})}
+    assert pretrain.main("qwen2_5", presets, ["--preset", "tiny", "--output_dir", str(tmp_path / "out")]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_tokenizer_larger_than_the_model_is_refused(tmp_path: Path, capsys: Any) -> None:
+    tiny = qwen2_5.PRESETS["tiny"]
+    presets = {"tiny": replace(tiny, model={**tiny.model, "vocab_size": 1024})}
+    assert pretrain.main("qwen2_5", presets, ["--preset", "tiny", "--output_dir", str(tmp_path / "out")]) == 2
+    assert "the tokenizer has 2,048 words, the model of this preset 1,024" in capsys.readouterr().err
+
+
+def test_another_run_is_left_alone_unless_told(text: Path, cache: str, tmp_path: Path, capsys: Any) -> None:
+    output = tmp_path / "out"
+    argv = flags(text, cache, output, "--optim", "adamw_torch", "--max_steps", "1", "--save_steps", "1")
+    assert run(argv) == 0
+    (output / "notes.txt").write_text("mine")
+    before = contents(output)
+    assert run([*argv, "--seed", "1"]) == 2
+    assert "holds another run" in capsys.readouterr().err
+    assert run([*argv, "--overwrite_output_dir", "--train_data", str(text / "nothing.txt")]) == 2
+    assert run([*argv, "--resume_from_checkpoint", "true", "--overwrite_output_dir"]) == 2
+    assert run([*argv, "--resume_from_checkpoint", "true", "--seed", "1"]) == 2
+    assert "seed was 42 and is now 1" in capsys.readouterr().err
+    assert contents(output) == before
+    assert run([*argv, "--overwrite_output_dir", "--seed", "1", "--save_strategy", "no"]) == 0
+    assert json.loads((output / "run.json").read_text())["identity"]["seed"] == 1
+    assert not (output / "checkpoint-1").exists()
+    assert (output / "notes.txt").read_text() == "mine"
+
+
+def test_overwrite_does_not_reach_folders_of_others(text: Path, cache: str, tmp_path: Path, capsys: Any) -> None:
+    (tmp_path / "model.safetensors").write_text("mine")
+    before = contents(tmp_path)
+    assert run(flags(text, cache, tmp_path, "--overwrite_output_dir")) == 2
+    assert "holds files that no run of this program wrote" in capsys.readouterr().err
+    assert contents(tmp_path) == before
+
+
+def test_optimizers_see_the_same_weights_and_batches(text: Path, cache: str, tmp_path: Path) -> None:
+    """At learning rate 0 the losses of the steps are a fingerprint of the initial weights and of each batch."""
+    seen = []
+    for optim in ("adamw_torch_fused", "adamuon", "mud"):
+        output = tmp_path / optim
+        assert run(flags(text, cache, output, "--optim", optim, "--learning_rate", "0", "--max_steps", "5")) == 0
+        record = json.loads((output / "run.json").read_text())
+        seen.append((losses(output), record["first_batch_sha256"], record["initial_weights_sha256"]))
+    assert seen[0] == seen[1] == seen[2]
+    assert len(set(seen[0][0])) == 5
+
+
+@pytest.mark.parametrize("optim", ["adamw_torch_fused", "adamuon"])
+def test_resumed_equals_uninterrupted(text: Path, cache: str, tmp_path: Path, optim: str) -> None:
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    more = (
+        "--optim",
+        optim,
+        "--max_steps",
+        "5",
+        "--save_steps",
+        "2",
+        "--save_total_limit",
+        "3",
+        "--per_device_train_batch_size",
+        "2",
+    )
+    assert run(flags(text, cache, whole, *more)) == 0
+    resumed.mkdir()
+    shutil.copy(whole / "run.json", resumed)
+    shutil.copytree(whole / "checkpoint-2", resumed / "checkpoint-2")
+    assert run(flags(text, cache, resumed, *more, "--resume_from_checkpoint", "true")) == 0
+    assert losses(resumed) == losses(whole)
+    before, after = load_file(whole / "model.safetensors"), load_file(resumed / "model.safetensors")
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    record = json.loads((resumed / "run.json").read_text())
+    assert record["resumed_from"] == str(resumed / "checkpoint-2")
+    assert record["results"]["train_seconds"] > 0
+
+
+@pytest.mark.parametrize("optim", ["adamw_torch", "adamuon"])
+def test_the_command_line_trains_and_saves(text: Path, cache: str, tmp_path: Path, tokenizer: Any, optim: str) -> None:
+    output = tmp_path / "out"
+    command = [sys.executable, str(RECIPES / "qwen2_5.py"), *flags(text, cache, output, "--optim", optim)]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    record = json.loads((output / "run.json").read_text())
+    assert record["results"]["steps"] == 3
+    assert record["results"]["tokens"] == 3 * 128
+    assert record["results"]["eval_perplexity"] == pytest.approx(np.exp(record["results"]["eval_loss"]))
+    assert record["identity"]["optim"] == optim
+    assert len(losses(output)) == 3
+    assert losses(output)[2] < losses(output)[0]
+    model = AutoModelForCausalLM.from_pretrained(output)
+    assert model.num_parameters() == record["parameters"]
+    assert model.dtype == torch.float32
+    assert AutoTokenizer.from_pretrained(output)(ALICE).input_ids == tokenizer(ALICE).input_ids
+
+
+@pytest.mark.slow
+def test_two_processes_equal_one(text: Path, cache: str, tmp_path: Path) -> None:
+    records, curves = [], []
+    for processes in (1, 2):
+        output = tmp_path / str(processes)
+        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+        more = ("--optim", "adamuon", "--ddp_backend", "gloo")
+        command = [*launch, str(RECIPES / "qwen2_5.py"), *flags(text, cache, output, *more)]
+        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        records.append(json.loads((output / "run.json").read_text()))
+        curves.append(losses(output))
+    assert [record["world_size"] for record in records] == [1, 2]
+    assert records[0]["first_batch_sha256"] == records[1]["first_batch_sha256"]
+    assert records[0]["initial_weights_sha256"] == records[1]["initial_weights_sha256"]
+    assert curves[1] == pytest.approx(curves[0], abs=1e-4)
+
+
+def test_dry_run_shows_the_plan_and_writes_nothing(text: Path, cache: str, tmp_path: Path, capsys: Any) -> None:
+    output = tmp_path / "out"
+    assert run(flags(text, cache, output, "--dry_run", "--max_tokens", "1000", "--optim", "mud")[:-2]) == 2
+    argv = flags(text, cache, output, "--dry_run", "--optim", "mud")
+    del argv[argv.index("--max_steps") : argv.index("--max_steps") + 2]
+    capsys.readouterr()
+    assert run([*argv, "--max_tokens", "1000"]) == 0
+    shown = capsys.readouterr().out
+    assert "1,247,360 parameters; 7 steps of 128 tokens = 896 tokens" in shown
+    assert '"optim": "mud"' in shown
+    assert "q_proj" in shown
+    assert run([*argv, "--num_train_epochs", "2"]) == 0
+    assert "steps a pass over the text" in capsys.readouterr().out
+    assert not output.exists()
