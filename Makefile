@@ -17,7 +17,7 @@ lint: $(VENV)/.installed
 	$(RUN)/mypy
 
 sweep: $(VENV)/.installed
-	$(RUN)/python recipes/demo.py --sweep
+	$(RUN)/python recipes/sweep.py --table recipes/results/demo_sweep.md
 
 # torch first and pinned: left to itself, pip would take a build with several gigabytes of CUDA libraries.
 $(VENV)/.installed: pyproject.toml constraints.txt

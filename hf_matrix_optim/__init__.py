@@ -6,7 +6,7 @@ imported. It loads neither torch nor transformers: the names below are imported 
 
 from hf_matrix_optim import import_hook
 
-# Neither typing nor importlib here: after `enable` this file is read at every start of an interpreter.
+# Neither typing nor importlib here: a script that only asks for the names should not wait for this import.
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any

@@ -40,6 +40,7 @@ class Matrices:
     """The tensors of one parameter, or of a slice of it, that a step reads and writes; all of the same shape.
 
     ``skipped`` is (matrices,) int64: how often each matrix was left alone because its gradient was not finite.
+    ``lookahead_scale`` is (matrices,) float32, of the GPU fast paths alone.
     """
 
     param: Tensor
@@ -47,13 +48,15 @@ class Matrices:
     momentum: Tensor
     second_moment: Tensor | None
     skipped: Tensor
+    lookahead_scale: Tensor | None = None
 
     def parts(self, layout: MatrixLayout) -> Iterator["Matrices"]:
         """One entry for each matrix, or contiguous stack of matrices, that the parameter is read as."""
         split = [split_parts(tensor, layout) for tensor in (self.param, self.grad, self.momentum)]
         second = [None] * len(split[0]) if self.second_moment is None else split_parts(self.second_moment, layout)
         skipped = self.skipped.chunk(len(split[0]))
-        yield from (Matrices(*tensors) for tensors in zip(*split, second, skipped, strict=True))
+        scale = [None] * len(split[0]) if self.lookahead_scale is None else self.lookahead_scale.chunk(len(split[0]))
+        yield from (Matrices(*tensors) for tensors in zip(*split, second, skipped, scale, strict=True))
 
     def stacked_slices(self, count: int) -> Iterator["Matrices"]:
         """Slices of at most ``count`` matrices of a (b, m, n) stack; anything else comes back whole."""
@@ -62,14 +65,8 @@ class Matrices:
             return
         for start in range(0, self.param.size(0), count):
             stop = start + count
-            second = None if self.second_moment is None else self.second_moment[start:stop]
-            yield Matrices(
-                self.param[start:stop],
-                self.grad[start:stop],
-                self.momentum[start:stop],
-                second,
-                self.skipped[start:stop],
-            )
+            cut: list[Any] = [t if t is None else t[start:stop] for t in (getattr(self, f.name) for f in fields(self))]
+            yield Matrices(*cut)
 
 
 class MatrixOptimizer(Optimizer):
@@ -89,6 +86,7 @@ class MatrixOptimizer(Optimizer):
     algorithm: str
     momentum_is_average: bool = False
     has_second_moment: bool = False
+    has_kernels: bool = False
 
     def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
         if isinstance(defaults["lr"], Tensor) and defaults["lr"].numel() != 1:
@@ -182,7 +180,14 @@ class MatrixOptimizer(Optimizer):
                 continue
             state = self._matrix_state(p, layout)
             state["step"] += 1
-            entry = Matrices(p, p.grad, state["momentum_buffer"], state.get("exp_avg_sq"), state["skipped"])
+            entry = Matrices(
+                p,
+                p.grad,
+                state["momentum_buffer"],
+                state.get("exp_avg_sq"),
+                state["skipped"],
+                state.get("lookahead_scale"),
+            )
             if is_sharded(p):
                 self._step_sharded(entry, layout, group, state["step"].item())
             else:
@@ -199,8 +204,16 @@ class MatrixOptimizer(Optimizer):
         for (fan_out, fan_in, *_), parts in stacks.items():
             matrix_bytes = STACK_COPIES * fan_out * fan_in * parts[0].momentum.element_size()
             scale = self._scale(fan_out, fan_in, group)
-            for stack in _chunks(parts, max(1, group["max_workspace_bytes"] // matrix_bytes)):
+            if self._step_by_kernels(parts, layout, group, scale):
+                continue
+            for stack in chunks(parts, max(1, group["max_workspace_bytes"] // matrix_bytes)):
                 self._step_stack(stack, layout, group, step, scale)
+
+    def _step_by_kernels(
+        self, parts: list[Matrices], layout: MatrixLayout, group: dict[str, Any], scale: float
+    ) -> bool:
+        """Step ``parts``, all of one shape, by a GPU fast path; False, and nothing done, if there is none for them."""
+        return False
 
     def _step_sharded(self, entry: Matrices, layout: MatrixLayout, group: dict[str, Any], step: float) -> None:
         """Every rank gathers the whole parameter, steps it, and keeps its own shard."""
@@ -211,6 +224,7 @@ class MatrixOptimizer(Optimizer):
             whole(entry.momentum),
             None if second is None else whole(second),
             entry.skipped,
+            entry.lookahead_scale,
         )
         self._step_entries([gathered], layout, group, step)
         write_shard(entry.param, gathered.param)
@@ -226,7 +240,10 @@ class MatrixOptimizer(Optimizer):
             state["momentum_buffer"] = torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format)
             if self.has_second_moment:
                 state["exp_avg_sq"] = torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format)
-            state["skipped"] = torch.zeros(layout.matrix_count(tuple(p.shape)), dtype=torch.int64, device=p.device)
+            matrices = layout.matrix_count(tuple(p.shape))
+            state["skipped"] = torch.zeros(matrices, dtype=torch.int64, device=p.device)
+            if self.has_kernels and p.is_cuda:
+                state["lookahead_scale"] = torch.zeros(matrices, dtype=torch.float32, device=p.device)
         return state
 
     def _step_stack(
@@ -248,7 +265,7 @@ class MatrixOptimizer(Optimizer):
             momentum = torch.where(finite, momentum, _gather([entry.momentum for entry in stack], layout))
         second_moment = None
         if self.has_second_moment:
-            second_moment = _gather([_present(entry.second_moment) for entry in stack], layout)
+            second_moment = _gather([present(entry.second_moment) for entry in stack], layout)
         direction = self._direction(lookahead, second_moment, group, step)
 
         rate = group["lr"] * finite.to(dtype)  # 0 where the matrix is skipped
@@ -258,7 +275,7 @@ class MatrixOptimizer(Optimizer):
         _scatter(param, [entry.param for entry in stack], layout)
         _scatter(momentum, [entry.momentum for entry in stack], layout)
         if second_moment is not None:
-            old = [_present(entry.second_moment) for entry in stack]
+            old = [present(entry.second_moment) for entry in stack]
             _scatter(
                 second_moment if all_finite else torch.where(finite, second_moment, _gather(old, layout)), old, layout
             )
@@ -348,7 +365,7 @@ class MatrixOptimizer(Optimizer):
                 self.state[p][key] = loaded.clone() if isinstance(loaded, Tensor) else loaded
 
 
-def _chunks(parts: Iterable[Matrices], count: int) -> Iterator[list[Matrices]]:
+def chunks(parts: Iterable[Matrices], count: int) -> Iterator[list[Matrices]]:
     """``parts`` in order, cut into lists of at most ``count`` matrices."""
     chunk: list[Matrices] = []
     filled = 0
@@ -403,7 +420,7 @@ def _name(group: dict[str, Any], index: int) -> str:
     return repr(names[index]) if names else f"number {index} of its group"
 
 
-def _present(tensor: Tensor | None) -> Tensor:
+def present(tensor: Tensor | None) -> Tensor:
     if tensor is None:
         raise RuntimeError("a matrix parameter has no second moment in its state")
     return tensor

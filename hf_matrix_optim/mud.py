@@ -7,7 +7,11 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from hf_matrix_optim.decorrelate import decorrelate
-from hf_matrix_optim.matrix_optimizer import MatrixOptimizer
+from hf_matrix_optim.kernels.mud_step import can_take, matrices_of, mud_step, why_not, workspace_bytes
+from hf_matrix_optim.matrix_layout import MatrixLayout
+from hf_matrix_optim.matrix_optimizer import Matrices, MatrixOptimizer, chunks, present
+
+KERNELS = ("auto", "torch", "triton")
 
 
 class MUD(MatrixOptimizer):
@@ -34,7 +38,10 @@ class MUD(MatrixOptimizer):
         adamw_eps: of the AdamW groups, at least 0.
         adamw_fused: torch's fused AdamW kernel; None uses it where the device has one.
         maximize: step along the gradient.
-        map_dtype: precision of the Gram products: "auto" (that of the state), or a dtype's name.
+        map_dtype: precision of the plain path's Gram products: "auto" (that of the state), or a dtype's name.
+        kernels: "triton" for the GPU kernels, whose products are in float16 with float32 sums; "torch" for the plain
+            path; "auto" takes the kernels where they apply: float32 or bfloat16 parameters on a CUDA GPU with Triton,
+            one pass, ``map_dtype="auto"``, a float learning rate.
         max_workspace_bytes: bound of the temporary stacks of a step, in bytes.
 
     Raises:
@@ -44,6 +51,7 @@ class MUD(MatrixOptimizer):
     """
 
     algorithm = "mud"
+    has_kernels = True
 
     def __init__(
         self,
@@ -61,6 +69,7 @@ class MUD(MatrixOptimizer):
         adamw_fused: bool | None = None,
         maximize: bool = False,
         map_dtype: str = "auto",
+        kernels: str = "auto",
         max_workspace_bytes: int = 2**30,
     ) -> None:
         super().__init__(
@@ -78,14 +87,56 @@ class MUD(MatrixOptimizer):
                 "fused": adamw_fused,
                 "maximize": maximize,
                 "map_dtype": map_dtype,
+                "kernels": kernels,
                 "max_workspace_bytes": max_workspace_bytes,
             },
         )
 
     def _check_group(self, group: dict[str, Any]) -> None:
         super()._check_group(group)
+        if group["kernels"] not in KERNELS:
+            raise ValueError(f"kernels={group['kernels']!r} is not one of {', '.join(KERNELS)}")
+        if group["kernels"] == "triton" and (group["passes"] != 1 or group["map_dtype"] != "auto"):
+            raise ValueError(
+                f"kernels='triton' is for passes=1 and map_dtype='auto', not passes={group['passes']} and "
+                f"map_dtype={group['map_dtype']!r}: use kernels='auto'"
+            )
         if group["passes"] < 1:
             raise ValueError(f"passes={group['passes']!r} is not allowed: it must be at least 1")
+
+    def _step_by_kernels(
+        self, parts: list[Matrices], layout: MatrixLayout, group: dict[str, Any], scale: float
+    ) -> bool:
+        if group["kernels"] == "torch" or group["role"] != "matrix":
+            return False
+        reason = why_not(parts[0].param.device)
+        if not reason and (group["passes"] != 1 or group["map_dtype"] != "auto" or isinstance(group["lr"], Tensor)):
+            reason = "they are for one pass, map_dtype='auto' and a float learning rate"
+        readable = not layout.flatten and all(can_take(part.param, part.grad, part.momentum) for part in parts)
+        if not reason and not (readable and len({part.param.stride(-2) for part in parts}) == 1):
+            reason = f"a parameter of shape {tuple(parts[0].param.shape)} is too small or not laid out for them"
+        if reason and group["kernels"] == "triton":
+            raise RuntimeError(f"kernels='triton' was asked for, but {reason}; or use kernels='auto'")
+        if reason:
+            return False
+        rows, columns = parts[0].param.shape[-2:]
+        along_columns = rows > columns or (rows == columns and layout.output_axis == 1)
+        most = max(1, group["max_workspace_bytes"] // workspace_bytes(rows, columns))
+        for chunk in chunks(parts, most):
+            mud_step(
+                [matrix for part in chunk for matrix in matrices_of(part.param)],
+                [matrix for part in chunk for matrix in matrices_of(part.grad)],
+                [matrix for part in chunk for matrix in matrices_of(part.momentum)],
+                [one for part in chunk for one in present(part.lookahead_scale).unbind()],
+                [one for part in chunk for one in part.skipped.unbind()],
+                along_columns=along_columns,
+                beta=group["momentum"],
+                nesterov=group["nesterov"],
+                keep=1 - group["lr"] * group["weight_decay"],
+                rate=group["lr"] * scale,
+                maximize=group["maximize"],
+            )
+        return True
 
     def _map_dtype(self, lookahead: Tensor, group: dict[str, Any]) -> torch.dtype:
         # A bfloat16 Gram matrix costs 20 % relative error on correlated rows, so "auto" keeps the state's precision.

@@ -91,6 +91,7 @@ class MUDOptions(MatrixOptimizerOptions):
     nesterov: bool = True
     passes: int = 1
     update_scale: UpdateScale = "match_rms_adamw"
+    kernels: Literal["auto", "torch", "triton"] = "auto"
 
 
 OPTIONS_CLASSES: dict[str, type[MatrixOptimizerOptions]] = {

@@ -81,8 +81,8 @@ def optimizer_class_and_kwargs(
     Logs how many parameters go where, one line at INFO.
 
     Args:
+        name, model, lr, weight_decay, betas, eps, options: as in ``create_optimizer``.
         decay_parameter_names: names of the parameters that weight decay applies to; None is transformers' own rule.
-        The others are those of ``create_optimizer``.
 
     Raises:
         ValueError: for an unknown name, the options of another optimizer, or a model with nothing to orthogonalise.

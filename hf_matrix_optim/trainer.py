@@ -25,6 +25,7 @@ from hf_matrix_optim.registry import (
     optimizer_class_and_kwargs_from_arguments,
     options_with_target_modules,
     partition_options_of,
+    refuse_flattened_parameters,
 )
 from hf_matrix_optim.tripwire import innermost_optimizer
 
@@ -93,11 +94,13 @@ class MatrixTrainerMixin(_TrainerBelow):
         self._clip_policy = clip
         self._optimizer_options = optimizer_options
         if optimizer_options is not None:
-            name, _ = self._chosen_optimizer() or ("", None)
-            value = next((value for value, accepted in accepted_names.items() if accepted == name), None)
-            if value is not None:  # None where the import hook is switched off
+            default = next(field.default for field in fields(self.args) if field.name == "optim")
+            value = _value_of(_name_of(optimizer_options))
+            self._check_options_agree(optimizer_options, {default, value})
+            if value is not None:
                 self.args = copy.copy(self.args)
                 self.args.optim = type(self.args.optim)(value)
+        self._first_optim = self.args.optim
         self._matrix_learning_rate = _MatrixLearningRate()
         self.add_callback(self._matrix_learning_rate)
 
@@ -112,9 +115,12 @@ class MatrixTrainerMixin(_TrainerBelow):
         """
         chosen = self._chosen_optimizer()
         if chosen is not None:
-            self._check_no_other_optimizer(chosen[0])
+            name, options = chosen
+            optimized_model = self.model if model is None else model
+            refuse_flattened_parameters(name, self.args, optimized_model)
+            self._check_no_other_optimizer(name)
             if self.optimizer is None:
-                self.optimizer = self._new_optimizer(*chosen, model=self.model if model is None else model)
+                self.optimizer = self._new_optimizer(name, options, optimized_model)
         created: torch.optim.Optimizer = (
             super().create_optimizer() if model is None else super().create_optimizer(model)
         )
@@ -133,38 +139,41 @@ class MatrixTrainerMixin(_TrainerBelow):
 
     def _chosen_optimizer(self) -> tuple[str, MatrixOptimizerOptions] | None:
         """Name and options of the optimizer that was asked for, None if it is not one of this package."""
-        asked = accepted_names.get(self.args.optim)
         options = self._optimizer_options
-        if options is None:
-            return None if asked is None else (asked, parse_options(asked, split_optim_args(self.args.optim_args)))
-        name = next(name for name, options_class in OPTIONS_CLASSES.items() if options_class is type(options))
-        default = next(field.default for field in fields(self.args) if field.name == "optim")
-        if asked != name and self.args.optim != default:
+        if options is not None:
+            self._check_options_agree(options, {self._first_optim})  # a search may have changed the arguments
+            return _name_of(options), options
+        name = accepted_names.get(self.args.optim)
+        return None if name is None else (name, parse_options(name, split_optim_args(self.args.optim_args)))
+
+    def _check_options_agree(self, options: MatrixOptimizerOptions, allowed: set[Any]) -> None:
+        """Raise ValueError if ``args.optim`` is not ``allowed``, or there are ``args.optim_args``."""
+        if self.args.optim not in allowed:
             raise ValueError(
-                f"optimizer_options={type(options).__name__}(...) chooses {name!r}, but the training arguments ask "
-                f"for optim={str.__str__(self.args.optim)!r}: give one of the two"
+                f"optimizer_options={type(options).__name__}(...) chooses {_name_of(options)!r}, but the training "
+                f"arguments ask for optim={str.__str__(self.args.optim)!r}: give one of the two"
             )
         if self.args.optim_args:
             raise ValueError(
                 f"optimizer_options={type(options).__name__}(...) and optim_args={self.args.optim_args!r} both set "
                 "options of the optimizer: give one of the two"
             )
-        return name, options
 
     def _check_no_other_optimizer(self, name: str) -> None:
-        found: object
         if self.optimizer_cls_and_kwargs is not None:
-            found = self.optimizer_cls_and_kwargs[0]
-        elif self.optimizer is None or isinstance(innermost_optimizer(self.optimizer), MatrixOptimizer):
-            return
+            found = self.optimizer_cls_and_kwargs[0].__name__
+        elif self.optimizer is not None:
+            innermost = innermost_optimizer(self.optimizer)
+            found = getattr(innermost, "algorithm", type(innermost).__name__)
         else:
-            found = type(innermost_optimizer(self.optimizer))
-        raise RuntimeError(
-            f"{name!r} was asked for, but the trainer was given {found} in optimizers= or optimizer_cls_and_kwargs=: "
-            "remove one of the two"
-        )
+            return
+        if found != name:
+            raise RuntimeError(
+                f"{name!r} was asked for, but the trainer was given {found!r} in optimizers= or "
+                "optimizer_cls_and_kwargs=: remove one of the two"
+            )
 
-    def _new_optimizer(self, name: str, options: MatrixOptimizerOptions, *, model: nn.Module) -> torch.optim.Optimizer:
+    def _new_optimizer(self, name: str, options: MatrixOptimizerOptions, model: nn.Module) -> torch.optim.Optimizer:
         optimizer_class, kwargs = optimizer_class_and_kwargs_from_arguments(
             name, self.args, model, options, self.get_decay_parameter_names(model)
         )
@@ -200,6 +209,15 @@ class MatrixTrainer(MatrixTrainerMixin, Trainer):
     partition and the learning rate of the matrix groups. ``MatrixTrainerMixin`` says how, and does the same for
     other Trainer classes.
     """
+
+
+def _name_of(options: MatrixOptimizerOptions) -> str:
+    return next(name for name, options_class in OPTIONS_CLASSES.items() if options_class is type(options))
+
+
+def _value_of(name: str) -> str | None:
+    """The value of ``--optim`` that means the optimizer ``name``; None where the import hook is switched off."""
+    return next((value for value, accepted in accepted_names.items() if accepted == name), None)
 
 
 class _MatrixLearningRate(TrainerCallback):

@@ -6,9 +6,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from accelerate import PartialState
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from tiny_models import tiny_model
 from tiny_training import OPTIMIZER_NAMES, StepRecorder, arguments, optimizer_of, state_tensors, token_rows
 from torch import Tensor, nn
@@ -20,7 +23,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import Trainer
 
@@ -226,6 +229,79 @@ def fsdp_swaps_parameters(folder: Path) -> None:
     assert_close_to(full_state(plain, optimizer), full_state(model, early))
 
 
+# ---- FSDP2 and FSDP1, through Trainer ----
+
+
+class Fsdp2Trainer(MatrixTrainer):
+    """Takes accelerate's way to FSDP2, which accelerate itself offers on GPUs only; on a CPU it falls back to DDP."""
+
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        PartialState().distributed_type = DistributedType.FSDP
+        self.accelerator.state.distributed_type = DistributedType.FSDP
+        self.accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(**self.args.fsdp_plugin_args)
+        self.is_fsdp_enabled = True
+
+
+def fsdp2_training(folder: Path, state_dict_type: str, **values: Any) -> Fsdp2Trainer:
+    config = {
+        "version": 2,
+        "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
+        "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"],
+        "cpu_ram_efficient_loading": False,
+        "state_dict_type": state_dict_type,
+    }
+    clip = values.pop("clip", "all")
+    checkpoint = values.pop("checkpoint", None)
+    args = arguments(folder, fsdp=True, fsdp_config=config, **{**DDP_ARGUMENTS, **values})
+    trainer = Fsdp2Trainer(tiny_model(DDP_MODEL), args, train_dataset=token_rows(48), clip=clip)
+    try:
+        trainer.train(resume_from_checkpoint=checkpoint)
+        assert trainer.accelerator.is_fsdp2
+    finally:
+        PartialState().distributed_type = DistributedType.MULTI_CPU
+    assert all(isinstance(p, DTensor) for group in optimizer_of(trainer).param_groups for p in group["params"])
+    return trainer
+
+
+def trainer_fsdp2_equals_ddp(folder: Path, clip: str) -> None:
+    values = {"optim": "muon", "max_grad_norm": 0.05}
+    trainer = fsdp2_training(folder, "FULL_STATE_DICT", clip=clip, **values)
+    found = full_state(trainer.model, optimizer_of(trainer))
+    assert_same_on_all_ranks(found)
+    args = arguments(folder, **{**DDP_ARGUMENTS, **values})
+    ddp = MatrixTrainer(tiny_model(DDP_MODEL), args, train_dataset=token_rows(48), clip=clip)
+    ddp.train()
+    assert isinstance(ddp.model_wrapped, nn.parallel.DistributedDataParallel)
+    assert_close_to(full_state(ddp.model, optimizer_of(ddp)), found)
+    for one, other in zip(trainer.state.log_history[:STEPS], ddp.state.log_history[:STEPS], strict=True):
+        torch.testing.assert_close(one["grad_norm"], other["grad_norm"], rtol=1e-4, atol=0)
+        assert one["matrix_learning_rate"] == other["matrix_learning_rate"]
+
+
+def trainer_fsdp2_resumes(folder: Path, state_dict_type: str) -> None:
+    output = folder / f"fsdp2_{state_dict_type}"
+    values = {"optim": "adamuon_v1", "save_strategy": "steps", "save_steps": 3}
+    whole = fsdp2_training(output, state_dict_type, **values)
+    expected = full_state(whole.model, optimizer_of(whole))
+    dist.barrier()
+    resumed = fsdp2_training(output, state_dict_type, checkpoint=str(output / "checkpoint-3"), **values)
+    found = full_state(resumed.model, optimizer_of(resumed))
+    assert found.keys() == expected.keys()
+    for key, tensor in expected.items():
+        assert torch.equal(found[key], tensor), key
+
+
+def trainer_refuses_fsdp1(folder: Path) -> None:
+    """Trainer makes the optimizer from the model that FSDP1 has wrapped."""
+    for trainer_class, values in ((Trainer, {}), (MatrixTrainer, {"optimizer_options": MuonOptions()})):
+        args = arguments(folder, optim="muon")
+        trainer = trainer_class(tiny_model(DDP_MODEL), args, train_dataset=token_rows(), **values)
+        flat = FullyShardedDataParallel(trainer.model, device_id=torch.device("cpu"))
+        with pytest.raises(NotImplementedError, match=r"FSDP1.*fsdp_version 2"):
+            trainer.create_optimizer(flat)
+
+
 # ---- torch.distributed.checkpoint of sharded state ----
 
 
@@ -285,6 +361,11 @@ CASES: dict[str, Callable[[Path], None]] = {
     **{f"fsdp_{name}": partial(fsdp_equals_one_process, name=name) for name in OPTIMIZER_NAMES},
     "fsdp_hybrid": partial(fsdp_equals_one_process, name="muon", is_hybrid=True),
     "fsdp_swaps_parameters": fsdp_swaps_parameters,
+    "trainer_fsdp2_clip_all": partial(trainer_fsdp2_equals_ddp, clip="all"),
+    "trainer_fsdp2_clip_adamw_only": partial(trainer_fsdp2_equals_ddp, clip="adamw_only"),
+    "trainer_fsdp2_resumes_full": partial(trainer_fsdp2_resumes, state_dict_type="FULL_STATE_DICT"),
+    "trainer_fsdp2_resumes_sharded": partial(trainer_fsdp2_resumes, state_dict_type="SHARDED_STATE_DICT"),
+    "trainer_refuses_fsdp1": trainer_refuses_fsdp1,
     **{f"checkpoint_zero_step_{name}": partial(checkpoint_zero_step, name=name) for name in OPTIMIZER_NAMES},
     **{f"checkpoint_resumes_{name}": partial(checkpoint_resumes, name=name) for name in OPTIMIZER_NAMES},
 }

@@ -13,6 +13,7 @@ LAYERS = {
     "math": {"newton_schulz", "decorrelate", "update_scale", "matrix_layout"},
     "partition": {"fused_layouts", "model_places", "parameter_routing", "partition"},
     "ranks": {"sharding", "sharding.full_tensor"},
+    "kernels": {"kernels", "kernels.mud_step", "kernels.mud_triton"},
     "step": {"checkpoint_check", "matrix_optimizer"},
     "rules": {"muon", "adamuon", "mud"},
     "hook": {"options", "registry", "registration", "tripwire", "import_hook", "trainer"},

@@ -21,7 +21,7 @@ from tiny_training import (
 )
 from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer
 
-from hf_matrix_optim import MatrixTrainer, partition
+from hf_matrix_optim import MatrixTrainer, create_optimizer, partition
 from hf_matrix_optim.options import OPTIONS_CLASSES, AdaMuonOptions, MatrixOptimizerOptions, MUDOptions, MuonOptions
 from hf_matrix_optim.trainer import MatrixTrainerMixin
 
@@ -276,6 +276,22 @@ def test_optimizer_given_by_hand(tmp_path, chosen):
     sgd = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1)
     _refused(tmp_path, RuntimeError, "'muon'.*SGD", optimizers=(sgd, None), **chosen)
     _refused(tmp_path, RuntimeError, "'muon'.*SGD", optimizer_cls_and_kwargs=(torch.optim.SGD, {"lr": 0.1}), **chosen)
+
+
+def test_optimizer_of_another_kind_given_by_hand(tmp_path):
+    mud = create_optimizer("mud", tiny_model("gpt2"), lr=0.1)
+    _refused(tmp_path, RuntimeError, "'muon'.*'mud'", optimizers=(mud, None), optimizer_options=MuonOptions())
+
+
+@pytest.mark.parametrize("optim", ["adamw_torch_fused", "mud"])
+def test_search_over_optim_beside_options(tmp_path, optim):
+    """Once the options have chosen, not even the default value of ``optim`` goes unnoticed."""
+    trainer = MatrixTrainer(
+        tiny_model("gpt2"), arguments(tmp_path), train_dataset=token_rows(), optimizer_options=MuonOptions()
+    )
+    trainer.args.optim = type(trainer.args.optim)(optim)
+    with pytest.raises(ValueError, match=f"'muon'.*optim='{optim}'"):
+        trainer.train()
 
 
 def test_works_with_the_hook_switched_off(tmp_path):

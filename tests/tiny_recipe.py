@@ -31,6 +31,11 @@ def flags(text: Path, cache: str, output: Path, *more: str) -> list[str]:
     ]
 
 
+def without(argv: list[str], flag: str) -> list[str]:
+    index = argv.index(flag)
+    return argv[:index] + argv[index + 2 :]
+
+
 def run(argv: Sequence[str]) -> int:
     return pretrain.main("qwen2_5", qwen2_5.PRESETS, argv)
 
