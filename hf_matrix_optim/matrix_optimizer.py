@@ -196,6 +196,7 @@ class MatrixOptimizer(Optimizer):
             self._step_entries(entries, layout, group, step)
 
     def _step_entries(self, entries: list[Matrices], layout: MatrixLayout, group: dict[str, Any], step: float) -> None:
+        """Step parameters of one group by the plain path; a subclass with GPU kernels takes what they can first."""
         stacks: dict[tuple[Any, ...], list[Matrices]] = defaultdict(list)
         for entry in entries:
             for part in entry.parts(layout):
@@ -204,16 +205,8 @@ class MatrixOptimizer(Optimizer):
         for (fan_out, fan_in, *_), parts in stacks.items():
             matrix_bytes = STACK_COPIES * fan_out * fan_in * parts[0].momentum.element_size()
             scale = self._scale(fan_out, fan_in, group)
-            if self._step_by_kernels(parts, layout, group, scale):
-                continue
-            for stack in chunks(parts, max(1, group["max_workspace_bytes"] // matrix_bytes)):
+            for stack in _chunks(parts, max(1, group["max_workspace_bytes"] // matrix_bytes)):
                 self._step_stack(stack, layout, group, step, scale)
-
-    def _step_by_kernels(
-        self, parts: list[Matrices], layout: MatrixLayout, group: dict[str, Any], scale: float
-    ) -> bool:
-        """Step ``parts``, all of one shape, by a GPU fast path; False, and nothing done, if there is none for them."""
-        return False
 
     def _step_sharded(self, entry: Matrices, layout: MatrixLayout, group: dict[str, Any], step: float) -> None:
         """Every rank gathers the whole parameter, steps it, and keeps its own shard."""
@@ -365,7 +358,7 @@ class MatrixOptimizer(Optimizer):
                 self.state[p][key] = loaded.clone() if isinstance(loaded, Tensor) else loaded
 
 
-def chunks(parts: Iterable[Matrices], count: int) -> Iterator[list[Matrices]]:
+def _chunks(parts: Iterable[Matrices], count: int) -> Iterator[list[Matrices]]:
     """``parts`` in order, cut into lists of at most ``count`` matrices."""
     chunk: list[Matrices] = []
     filled = 0

@@ -7,9 +7,17 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from hf_matrix_optim.decorrelate import decorrelate
-from hf_matrix_optim.kernels.mud_step import can_take, matrices_of, mud_step, why_not, workspace_bytes
-from hf_matrix_optim.matrix_layout import MatrixLayout
-from hf_matrix_optim.matrix_optimizer import Matrices, MatrixOptimizer, chunks, present
+from hf_matrix_optim.kernels.mud_step import (
+    StackPlan,
+    can_take,
+    can_take_gradient,
+    matrices_of,
+    mud_step,
+    why_not,
+    workspace_bytes,
+)
+from hf_matrix_optim.matrix_layout import MatrixLayout, to_matrices
+from hf_matrix_optim.matrix_optimizer import Matrices, MatrixOptimizer, present
 
 KERNELS = ("auto", "torch", "triton")
 
@@ -104,39 +112,86 @@ class MUD(MatrixOptimizer):
         if group["passes"] < 1:
             raise ValueError(f"passes={group['passes']!r} is not allowed: it must be at least 1")
 
-    def _step_by_kernels(
-        self, parts: list[Matrices], layout: MatrixLayout, group: dict[str, Any], scale: float
-    ) -> bool:
-        if group["kernels"] == "torch" or group["role"] != "matrix":
-            return False
-        reason = why_not(parts[0].param.device)
-        if not reason and (group["passes"] != 1 or group["map_dtype"] != "auto" or isinstance(group["lr"], Tensor)):
-            reason = "they are for one pass, map_dtype='auto' and a float learning rate"
-        readable = not layout.flatten and all(can_take(part.param, part.grad, part.momentum) for part in parts)
-        if not reason and not (readable and len({part.param.stride(-2) for part in parts}) == 1):
-            reason = f"a parameter of shape {tuple(parts[0].param.shape)} is too small or not laid out for them"
-        if reason and group["kernels"] == "triton":
+    def _step_entries(self, entries: list[Matrices], layout: MatrixLayout, group: dict[str, Any], step: float) -> None:
+        reason = self._why_not_kernels(entries[0].param.device, layout, group)
+        stacks, rest = ([], entries) if reason else self._plan(entries, layout, group)
+        if rest and group["kernels"] == "triton":
+            reason = (
+                reason or f"a parameter of shape {tuple(rest[0].param.shape)} is too small or not laid out for them"
+            )
             raise RuntimeError(f"kernels='triton' was asked for, but {reason}; or use kernels='auto'")
-        if reason:
-            return False
-        rows, columns = parts[0].param.shape[-2:]
-        along_columns = rows > columns or (rows == columns and layout.output_axis == 1)
-        most = max(1, group["max_workspace_bytes"] // workspace_bytes(rows, columns))
-        for chunk in chunks(parts, most):
+        grad_starts = [entry.grad.data_ptr() for entry in entries]
+        for stack in stacks:
             mud_step(
-                [matrix for part in chunk for matrix in matrices_of(part.param)],
-                [matrix for part in chunk for matrix in matrices_of(part.grad)],
-                [matrix for part in chunk for matrix in matrices_of(part.momentum)],
-                [one for part in chunk for one in present(part.lookahead_scale).unbind()],
-                [one for part in chunk for one in part.skipped.unbind()],
-                along_columns=along_columns,
+                stack,
+                grad_starts,
                 beta=group["momentum"],
                 nesterov=group["nesterov"],
                 keep=1 - group["lr"] * group["weight_decay"],
-                rate=group["lr"] * scale,
+                rate=group["lr"] * stack.scale,
                 maximize=group["maximize"],
             )
-        return True
+        if rest:
+            super()._step_entries(rest, layout, group, step)
+
+    def _why_not_kernels(self, device: torch.device, layout: MatrixLayout, group: dict[str, Any]) -> str:
+        """Why a whole group goes the plain path; "" if the kernels may take it."""
+        if group["kernels"] == "torch":
+            return "kernels='torch'"
+        if group["passes"] != 1 or group["map_dtype"] != "auto" or isinstance(group["lr"], Tensor) or layout.flatten:
+            return "they are for linear layers, one pass, map_dtype='auto' and a float learning rate"
+        return why_not(device)
+
+    def _plan(
+        self, entries: list[Matrices], layout: MatrixLayout, group: dict[str, Any]
+    ) -> tuple[list[StackPlan], list[Matrices]]:
+        """Stacks for the kernels, and the entries they cannot take; kept while the tensors stay where they are."""
+        places = tuple((id(e.param), e.param.data_ptr(), e.momentum.data_ptr()) for e in entries)
+        key = (places, layout, group["update_scale"], group["update_rms"], group["max_workspace_bytes"])
+        plans: dict[int, tuple[Any, list[StackPlan], list[int]]] = self.__dict__.setdefault("_stack_plans", {})
+        known = plans.get(id(entries[0].param))
+        if known is None or known[0] != key or not all(can_take_gradient(e.param, e.grad) for e in entries):
+            known = (key, *self._new_plan(entries, layout, group))
+            plans[id(entries[0].param)] = known
+        return known[1], [entries[i] for i in known[2]]
+
+    def _new_plan(
+        self, entries: list[Matrices], layout: MatrixLayout, group: dict[str, Any]
+    ) -> tuple[list[StackPlan], list[int]]:
+        rest: list[int] = []
+        stacks: list[StackPlan] = []
+        filling: dict[Any, StackPlan] = {}
+        for owner, entry in enumerate(entries):
+            parts = list(entry.parts(layout))
+            if not all(can_take(part.param, part.grad, part.momentum) for part in parts):
+                rest.append(owner)
+                continue
+            for part in parts:
+                rows, columns = part.param.shape[-2:]
+                fan_out, fan_in = to_matrices(part.param, layout).shape[-2:]
+                shape = (rows, columns, part.param.stride(-2), part.param.dtype)
+                most = max(1, group["max_workspace_bytes"] // workspace_bytes(rows, columns))
+                matrices = zip(
+                    matrices_of(part.param),
+                    matrices_of(part.momentum),
+                    present(part.lookahead_scale).unbind(),
+                    part.skipped.unbind(),
+                    strict=True,
+                )
+                for tensors in matrices:
+                    if shape not in filling or len(filling[shape].owners) == most:
+                        filling[shape] = StackPlan(
+                            rows=rows,
+                            columns=columns,
+                            stride=part.param.stride(-2),
+                            along_columns=rows > columns or (rows == columns and layout.output_axis == 1),
+                            scale=self._scale(fan_out, fan_in, group),
+                            dtype=part.param.dtype,
+                            device=part.param.device,
+                        )
+                        stacks.append(filling[shape])
+                    filling[shape].add(owner, entry.param.data_ptr(), tensors)
+        return stacks, rest
 
     def _map_dtype(self, lookahead: Tensor, group: dict[str, Any]) -> torch.dtype:
         # A bfloat16 Gram matrix costs 20 % relative error on correlated rows, so "auto" keeps the state's precision.

@@ -160,7 +160,9 @@ def test_a_bad_gradient_skips_its_matrix_and_is_counted(bad):
 def test_auto_takes_the_kernels_where_they_apply_and_says_why_not_where_they_do_not(monkeypatch):
     taken = []
     original = fast.mud_step
-    monkeypatch.setattr("hf_matrix_optim.mud.mud_step", lambda *a, **k: (taken.append(len(a[0])), original(*a, **k)))
+    monkeypatch.setattr(
+        "hf_matrix_optim.mud.mud_step", lambda plan, *a, **k: (taken.append(len(plan.owners)), original(plan, *a, **k))
+    )
     shapes = [(256, 512), (256, 512), (40, 512)]
     params = [torch.nn.Parameter(randn(*shape)) for shape in shapes]
     set_gradients(params, 0)
@@ -186,6 +188,20 @@ def test_a_step_never_waits_for_the_device():
         optimizer.step()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def test_plans_follow_gradients_and_parameters_that_move():
+    (optimizer, params), (plain, plain_params) = twins()
+    for step in range(4):
+        set_gradients(params, step)  # new gradient tensors in every step
+        set_gradients(plain_params, step)
+        if step == 2:
+            for p in params:
+                p.data = p.data.clone()
+        optimizer.step()
+        plain.step()
+    for p, q in zip(params, plain_params, strict=True):
+        assert relative_error(p.detach().double(), q.detach().double()) < 1e-3
 
 
 def test_workspace_keeps_to_the_cap():

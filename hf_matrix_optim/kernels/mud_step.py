@@ -6,6 +6,7 @@ moves 28. Products are in float16 with float32 sums. Nothing here waits for the 
 
 import functools
 import importlib.util
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -43,19 +44,68 @@ def can_take(param: Tensor, grad: Tensor, momentum: Tensor) -> bool:
     """Whether the kernels read these, ([b,] rows, columns), as they are: large, unit stride, one layout, aligned."""
     return (
         param.dtype in (torch.float32, torch.bfloat16)
-        and grad.dtype == param.dtype
         and momentum.dtype == torch.float32
         and min(param.shape[-2:]) >= SMALLEST
-        and all(
-            t.stride(-1) == 1 and t.data_ptr() % 16 == 0 and t.stride(-2) % 8 == 0 for t in (param, grad, momentum)
-        )
-        and param.stride() == grad.stride() == momentum.stride()
+        and param.stride(-1) == 1
+        and param.stride(-2) % 8 == 0
+        and param.data_ptr() % 16 == momentum.data_ptr() % 16 == 0
+        and param.stride() == momentum.stride()
+        and can_take_gradient(param, grad)
     )
+
+
+def can_take_gradient(param: Tensor, grad: Tensor) -> bool:
+    """The part of ``can_take`` that may change from step to step."""
+    return grad.dtype == param.dtype and grad.stride() == param.stride() and grad.data_ptr() % 16 == 0
 
 
 def matrices_of(tensor: Tensor) -> list[Tensor]:
     """Views of a (rows, columns) or (b, rows, columns) tensor, one for each matrix."""
     return [tensor] if tensor.ndim == 2 else list(torch.unbind(tensor))
+
+
+@dataclass
+class StackPlan:
+    """What does not change from step to step of one stack: shapes, and where its matrices lie.
+
+    Attributes:
+        rows, columns, stride: of each matrix as it lies in memory, in elements.
+        along_columns: decorrelate the columns (a tall weight) instead of the rows.
+        scale: factor from direction to update.
+        dtype: of the parameters and their gradients.
+        device: of all tensors.
+        owners: for each matrix, the position of its parameter in the list that the step is given.
+        offsets: for each matrix, bytes from the start of its parameter, and of that parameter's gradient.
+        fixed: addresses of parameters, momenta, lookahead scales and counts of skipped steps, each (matrices,).
+    """
+
+    rows: int
+    columns: int
+    stride: int
+    along_columns: bool
+    scale: float
+    dtype: torch.dtype
+    device: torch.device
+    owners: list[int] = field(default_factory=list)
+    offsets: list[int] = field(default_factory=list)
+    fixed: tuple[list[int], list[int], list[int], list[int]] = field(default_factory=lambda: ([], [], [], []))
+    _grads: list[int] = field(default_factory=list)
+    _table: Tensor | None = None
+
+    def add(self, owner: int, start: int, tensors: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
+        """Add a matrix: its parameter's position and address, and (parameter, momentum, scale, skipped) of it."""
+        self.owners.append(owner)
+        self.offsets.append(tensors[0].data_ptr() - start)
+        for addresses, tensor in zip(self.fixed, tensors, strict=True):
+            addresses.append(tensor.data_ptr())
+
+    def addresses(self, grad_starts: list[int]) -> Tensor:
+        """(5, matrices) int64 on the device: gradients, parameters, momenta, scales, counts; sent without waiting."""
+        grads = [grad_starts[owner] + offset for owner, offset in zip(self.owners, self.offsets, strict=True)]
+        if self._table is None or grads != self._grads:
+            table = torch.tensor([grads, *self.fixed], dtype=torch.int64)
+            self._table, self._grads = table.pin_memory().to(self.device, non_blocking=True), grads
+        return self._table
 
 
 def _panels(k: int) -> tuple[int, int, int]:
@@ -65,13 +115,9 @@ def _panels(k: int) -> tuple[int, int, int]:
 
 
 def mud_step(
-    params: list[Tensor],
-    grads: list[Tensor],
-    momenta: list[Tensor],
-    scales: list[Tensor],
-    skipped: list[Tensor],
+    plan: StackPlan,
+    grad_starts: list[int],
     *,
-    along_columns: bool,
     beta: float,
     nesterov: bool,
     keep: float,
@@ -81,12 +127,8 @@ def mud_step(
     """One step of MUD with one pass: momentum, direction, decay and update, all in place.
 
     Args:
-        params: float32 or bfloat16, each (rows, columns) with unit stride along columns; all of one shape and stride.
-        grads: as ``params``; not written.
-        momenta: float32, as ``params``.
-        scales: float32, one element each: power of two that fitted the last lookahead into float16; 0 at first.
-        skipped: int64, one element each: counts the steps in which the matrix was not finite and left alone.
-        along_columns: decorrelate the columns (a tall weight) instead of the rows.
+        plan: the stack.
+        grad_starts: address of each parameter's gradient, by position; laid out as the parameter.
         beta: of the momentum, in [0, 1).
         nesterov: decorrelate the lookahead instead of the momentum.
         keep: factor of the old weight, 1 - lr * weight_decay.
@@ -95,12 +137,18 @@ def mud_step(
     """
     from hf_matrix_optim.kernels import mud_triton as kernels_of
 
-    count, (rows, columns), stride = len(params), params[0].shape, params[0].stride(0)
+    count, rows, columns, stride, along_columns = (
+        len(plan.owners),
+        plan.rows,
+        plan.columns,
+        plan.stride,
+        plan.along_columns,
+    )
     n = rows * columns
     k, d = (columns, rows) if along_columns else (rows, columns)
     panel, blocks, padded = _panels(k)
-    device = params[0].device
-    tables = _address_table((params, grads, momenta, scales, skipped), device)
+    device = plan.device
+    grads, params, momenta, scales, skipped = plan.addresses(grad_starts).unbind()
     x = torch.empty(count, rows, columns, dtype=torch.float16, device=device)
     gram = torch.empty(count, k, k, dtype=torch.float32, device=device)
     inverses = torch.zeros(count, blocks, panel, panel, dtype=torch.float32, device=device)
@@ -110,19 +158,9 @@ def mud_step(
     even = k % TILE == 0 and d % TILE == 0 and k % panel == 0
     elementwise: Any = (-(-n // BLOCK), count)
 
-    momentum_arguments = (
-        tables[1],
-        tables[2],
-        x,
-        largest_bits,
-        tables[3],
-        columns,
-        stride,
-        n,
-        beta,
-        -1.0 if maximize else 1.0,
-    )
-    constants = {"NESTEROV": nesterov, "GRAD": kernels_of.TYPES[grads[0].dtype], "BLOCK": BLOCK, "num_warps": 8}
+    sign = -1.0 if maximize else 1.0
+    momentum_arguments = (grads, momenta, x, largest_bits, scales, columns, stride, n, beta, sign)
+    constants = {"NESTEROV": nesterov, "GRAD": kernels_of.TYPES[plan.dtype], "BLOCK": BLOCK, "num_warps": 8}
     kernels_of.momentum_kernel[elementwise](*momentum_arguments, **constants)
     kernels_of.repair_kernel[elementwise](*momentum_arguments, **constants)
 
@@ -146,12 +184,6 @@ def mud_step(
             ALONG_COLUMNS=along_columns, EVEN=even, PANEL=panel, WIDTH=TILE, DEPTH=DEPTH, num_warps=8, num_stages=4,
         )  # fmt: skip
     kernels_of.update_kernel[elementwise](
-        tables[0], x, squares, largest_bits, tables[3], tables[4], columns, stride, n, k, keep, rate,
-        ALONG_COLUMNS=along_columns, PARAM=kernels_of.TYPES[params[0].dtype], BLOCK=BLOCK, num_warps=8,
+        params, x, squares, largest_bits, scales, skipped, columns, stride, n, k, keep, rate,
+        ALONG_COLUMNS=along_columns, PARAM=kernels_of.TYPES[plan.dtype], BLOCK=BLOCK, num_warps=8,
     )  # fmt: skip
-
-
-def _address_table(columns: tuple[list[Tensor], ...], device: torch.device) -> Tensor:
-    """(len(columns), count) int64 of addresses on the device, sent without waiting."""
-    addresses = [[tensor.data_ptr() for tensor in tensors] for tensors in columns]
-    return torch.tensor(addresses, dtype=torch.int64).pin_memory().to(device, non_blocking=True)
