@@ -33,6 +33,8 @@ MAP_DTYPES = {
 FUSED_ADAMW_DEVICES = ("cpu", "cuda", "xpu", "mps")
 #: Tensors of a stack's size that are alive at once in ``_step_stack``, for the workspace cap.
 STACK_COPIES = 8
+#: Bound of a stack and its copies on a CPU: about its caches. Larger stacks are slower, smaller ones all overhead.
+CPU_STACK_BYTES = 4 * 2**20
 
 
 @dataclass
@@ -205,7 +207,10 @@ class MatrixOptimizer(Optimizer):
         for (fan_out, fan_in, *_), parts in stacks.items():
             matrix_bytes = STACK_COPIES * fan_out * fan_in * parts[0].momentum.element_size()
             scale = self._scale(fan_out, fan_in, group)
-            for stack in _chunks(parts, max(1, group["max_workspace_bytes"] // matrix_bytes)):
+            max_bytes = group["max_workspace_bytes"]
+            if parts[0].param.device.type == "cpu":
+                max_bytes = min(max_bytes, CPU_STACK_BYTES)
+            for stack in _chunks(parts, max(1, max_bytes // matrix_bytes)):
                 self._step_stack(stack, layout, group, step, scale)
 
     def _step_sharded(self, entry: Matrices, layout: MatrixLayout, group: dict[str, Any], step: float) -> None:
@@ -261,9 +266,13 @@ class MatrixOptimizer(Optimizer):
             second_moment = _gather([present(entry.second_moment) for entry in stack], layout)
         direction = self._direction(lookahead, second_moment, group, step)
 
-        rate = group["lr"] * finite.to(dtype)  # 0 where the matrix is skipped
-        param = _gather([entry.param for entry in stack], layout).to(dtype)
-        param = param.mul_(1 - rate * group["weight_decay"]).addcmul_(direction, -rate * scale)
+        # Where a matrix is skipped its rate is 0; a plain number is faster where none is.
+        rate = group["lr"] if all_finite else group["lr"] * finite.to(dtype)
+        param = _gather([entry.param for entry in stack], layout).to(dtype).mul_(1 - rate * group["weight_decay"])
+        if isinstance(rate, Tensor):
+            param.addcmul_(direction, -rate * scale)
+        else:
+            param.add_(direction, alpha=-rate * scale)
 
         _scatter(param, [entry.param for entry in stack], layout)
         _scatter(momentum, [entry.momentum for entry in stack], layout)

@@ -1,0 +1,183 @@
+"""The folder of one training run: what may be written where, and the ``run.json`` that says what was run."""
+
+import hashlib
+import json
+import os
+import platform
+import shutil
+import subprocess
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from recipe_error import RecipeError
+from torch import nn
+from transformers.trainer_utils import get_last_checkpoint
+
+RUN_FILE = "run.json"
+PARTIAL_RUN_FILE = ".run.json.partial"
+PACKAGES = ("torch", "transformers", "accelerate", "datasets", "tokenizers", "numpy", "hf-matrix-optim")
+# What a run writes besides its checkpoints. --overwrite_output_dir removes these only, and only beside a run.json.
+RUN_FILES = (
+    RUN_FILE,
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "training_args.bin",
+    "trainer_state.json",
+    "all_results.json",
+    "train_results.json",
+    "eval_results.json",
+)
+WEIGHT_FILES = ("model*.safetensors", "model.safetensors.index.json")
+
+
+def read_run(folder: Path) -> dict[str, Any] | None:
+    """Return the contents of a folder's ``run.json``, or None if it has none.
+
+    Raises:
+        RecipeError: if the file is not the JSON object that a run writes.
+    """
+    try:
+        run = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{folder / RUN_FILE} is not JSON: {error}") from error
+    if not isinstance(run, dict) or not isinstance(run.get("identity"), dict):
+        raise RecipeError(f"{folder / RUN_FILE} is not a run of this program")
+    return run
+
+
+def write_run(folder: Path, run: Mapping[str, Any]) -> None:
+    """Write ``run.json`` so that a reader finds the old contents or the new, never a part."""
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = folder / PARTIAL_RUN_FILE
+    partial.write_text(json.dumps(run, indent=2, sort_keys=True, default=str) + "\n", encoding="utf-8")
+    os.replace(partial, folder / RUN_FILE)
+
+
+def checkpoint_to_resume(folder: Path, resume: str | None) -> str | None:
+    """Resolve ``--resume_from_checkpoint``: true is the folder's last checkpoint, false or unset is none, else a path.
+
+    Raises:
+        RecipeError: if there is no such checkpoint.
+    """
+    if resume is None or resume.lower() in ("false", "no", "0"):
+        return None
+    if resume.lower() not in ("true", "yes", "1"):
+        if not (Path(resume) / "trainer_state.json").is_file():
+            raise RecipeError(f"--resume_from_checkpoint {resume}: no checkpoint of a run there")
+        return resume
+    checkpoint = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+    if checkpoint is None:
+        raise RecipeError(f"--resume_from_checkpoint true: {folder} holds no checkpoint; leave the flag out to start")
+    return checkpoint
+
+
+def check_output_folder(folder: Path, *, resume: bool, overwrite: bool) -> None:
+    """Refuse a folder that a new run would spoil; writes nothing.
+
+    Raises:
+        RecipeError: if the folder is a file, holds a run without ``resume`` or ``overwrite``, or holds other things.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise RecipeError(f"--output_dir {folder} is a file")
+    if not folder.is_dir() or all(file.name == PARTIAL_RUN_FILE for file in folder.iterdir()):
+        return
+    if resume and overwrite:
+        raise RecipeError("give --resume_from_checkpoint or --overwrite_output_dir, not both")
+    if read_run(folder) is None:
+        raise RecipeError(f"{folder} holds files that no run of this program wrote: give another --output_dir")
+    if not (resume or overwrite):
+        raise RecipeError(
+            f"{folder} holds another run: give --resume_from_checkpoint true to go on with it, --overwrite_output_dir "
+            "to replace it, or another --output_dir"
+        )
+
+
+def clear_run(folder: Path) -> None:
+    """Remove an earlier run's files and checkpoints from its folder and leave everything else."""
+    for name in (*RUN_FILES, *WEIGHT_FILES):
+        for file in folder.glob(name):
+            file.unlink()
+    for checkpoint in folder.glob("checkpoint-*"):
+        if checkpoint.name.removeprefix("checkpoint-").isdigit():
+            shutil.rmtree(checkpoint)
+
+
+def check_same_run(earlier: Mapping[str, Any], identity: Mapping[str, Any]) -> None:
+    """Refuse to resume a run whose model, data, order or optimizer are not what is asked for now.
+
+    Raises:
+        RecipeError: naming every difference.
+    """
+    saved = json.loads(json.dumps(earlier["identity"], default=str))
+    wanted = json.loads(json.dumps(identity, default=str))
+    differences = [
+        f"{key} was {saved.get(key)!r} and is now {wanted.get(key)!r}"
+        for key in sorted(saved.keys() | wanted.keys())
+        if saved.get(key) != wanted.get(key)
+    ]
+    if differences:
+        raise RecipeError("the run to resume was started differently: " + "; ".join(differences))
+
+
+def weights_hash(model: nn.Module) -> str:
+    """Hash the names and values of all parameters, in the order of their names."""
+    digest = hashlib.sha256()
+    for name, parameter in sorted(model.named_parameters()):
+        digest.update(name.encode())
+        digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def package_versions() -> dict[str, str | None]:
+    """Return the versions that a result depends on; None for a package that is not installed."""
+    versions: dict[str, str | None] = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = None
+    return versions
+
+
+def hardware() -> dict[str, Any]:
+    """Describe the processors a run used."""
+    return {
+        "cpu": cpu_name(),
+        "cpu_cores": os.cpu_count(),
+        "torch_threads": torch.get_num_threads(),
+        "gpus": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
+    }
+
+
+def cpu_name() -> str:
+    """Return the processor's name as the system gives it."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def commit() -> str | None:
+    """Return the commit of the checkout these recipes lie in, with ``+changes`` if it has any; None outside of one."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    try:
+        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+        changed = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return head + ("+changes" if changed.strip() else "")

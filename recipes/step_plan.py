@@ -1,0 +1,92 @@
+"""From tokens and batch sizes to steps."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from recipe_arguments import RecipeArguments
+from recipe_error import RecipeError
+from transformers import TrainingArguments
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a run is cut into steps."""
+
+    tokens_per_step: int
+    sequences_per_step: int
+    sequences_per_device: int
+    gradient_accumulation_steps: int
+    steps: int
+    steps_per_pass: int | None  # None where a dry run does not read the data
+
+
+def plan_steps(
+    arguments: RecipeArguments, training: TrainingArguments, given: frozenset[str], blocks: int | None
+) -> Plan:
+    """Work out the batch and the number of steps.
+
+    Args:
+        arguments: ours.
+        training: Trainer's; not modified.
+        given: flags of the command line; a batch size not typed there may be lowered to fit ``tokens_per_step``.
+        blocks: training blocks, or None if the data was not read.
+
+    Raises:
+        RecipeError: if ``tokens_per_step`` cannot be divided so, or there is no whole step in ``max_tokens``.
+    """
+    devices = training.world_size * max(1, training.n_gpu)
+    per_device, accumulation = training.per_device_train_batch_size, training.gradient_accumulation_steps
+    if arguments.tokens_per_step is not None:
+        sequences, left_over = divmod(arguments.tokens_per_step, arguments.block_size * devices)
+        if left_over or sequences == 0:
+            raise RecipeError(
+                f"--tokens_per_step is {arguments.tokens_per_step:,}, no multiple of {devices} devices x a block of "
+                f"{arguments.block_size:,} tokens"
+            )
+        if "per_device_train_batch_size" not in given:
+            per_device = max(size for size in range(1, min(per_device, sequences) + 1) if sequences % size == 0)
+        accumulation, left_over = divmod(sequences, per_device)
+        if left_over:
+            raise RecipeError(
+                f"--tokens_per_step is {arguments.tokens_per_step:,}: the {sequences} sequences a device are no "
+                f"multiple of --per_device_train_batch_size {per_device}"
+            )
+    sequences_per_step = per_device * devices * accumulation
+    tokens_per_step = sequences_per_step * arguments.block_size
+    steps_per_pass = None if blocks is None else max(1, blocks // sequences_per_step)
+    if training.max_steps > 0:
+        steps = training.max_steps
+    elif arguments.max_tokens is not None:
+        steps = int(arguments.max_tokens // tokens_per_step)
+        if steps == 0:
+            raise RecipeError(f"--max_tokens {arguments.max_tokens:,.0f} is less than one step of {tokens_per_step:,}")
+    else:
+        assert blocks is not None
+        steps = max(1, math.floor(training.num_train_epochs * blocks / sequences_per_step))
+    return Plan(tokens_per_step, sequences_per_step, per_device, accumulation, steps, steps_per_pass)
+
+
+def apply_plan(plan: Plan, training: TrainingArguments, *, has_validation: bool, given: frozenset[str]) -> None:
+    """Write the plan into Trainer's arguments; "epoch" in a strategy means each pass over the blocks.
+
+    Raises:
+        RecipeError: for a sampling strategy of its own, or an evaluation that was asked for without validation text.
+    """
+    if "train_sampling_strategy" in given and training.train_sampling_strategy != "sequential":
+        raise RecipeError("--train_sampling_strategy: the order is fixed here, a function of the seed alone")
+    training.train_sampling_strategy = "sequential"
+    training.remove_unused_columns = False
+    training.dataloader_pin_memory = training.dataloader_pin_memory and torch.accelerator.is_available()
+    training.per_device_train_batch_size = plan.sequences_per_device
+    training.gradient_accumulation_steps = plan.gradient_accumulation_steps
+    training.max_steps = plan.steps
+    if not has_validation:
+        if "eval_strategy" in given and training.eval_strategy != "no":
+            raise RecipeError(f"--eval_strategy {training.eval_strategy}: there is no validation text")
+        training.eval_strategy = type(training.eval_strategy)("no")
+    for name in ("eval", "save", "logging"):
+        strategy = getattr(training, f"{name}_strategy")
+        if strategy == "epoch" and plan.steps_per_pass is not None:
+            setattr(training, f"{name}_strategy", type(strategy)("steps"))
+            setattr(training, f"{name}_steps", plan.steps_per_pass)
