@@ -7,8 +7,8 @@ torch's own ``adamw``.
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, fields
+from collections.abc import Callable
+from dataclasses import fields
 from typing import Any, overload
 
 import torch
@@ -17,9 +17,10 @@ from torch.optim.adamw import adamw
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from hf_matrix_optim.checkpoint_check import check_checkpoint
-from hf_matrix_optim.matrix_layout import MatrixLayout, from_matrices, split_parts, to_matrices
+from hf_matrix_optim.matrix_layout import MatrixLayout, to_matrices
 from hf_matrix_optim.newton_schulz import largest_magnitude
 from hf_matrix_optim.sharding.full_tensor import is_sharded, whole, write_shard
+from hf_matrix_optim.stacks import Matrices, chunks, gather, present, scatter
 from hf_matrix_optim.update_scale import UPDATE_SCALES, update_scale
 
 ROLES = ("adamw", "matrix")
@@ -35,40 +36,6 @@ FUSED_ADAMW_DEVICES = ("cpu", "cuda", "xpu", "mps")
 STACK_COPIES = 8
 #: Bound of a stack and its copies on a CPU: about its caches. Larger stacks are slower, smaller ones all overhead.
 CPU_STACK_BYTES = 4 * 2**20
-
-
-@dataclass
-class Matrices:
-    """The tensors of one parameter, or of a slice of it, that a step reads and writes; all of the same shape.
-
-    ``skipped`` is (matrices,) int64: how often each matrix was left alone because its gradient was not finite.
-    ``lookahead_scale`` is (matrices,) float32, of the GPU fast paths alone.
-    """
-
-    param: Tensor
-    grad: Tensor
-    momentum: Tensor
-    second_moment: Tensor | None
-    skipped: Tensor
-    lookahead_scale: Tensor | None = None
-
-    def parts(self, layout: MatrixLayout) -> Iterator["Matrices"]:
-        """One entry for each matrix, or contiguous stack of matrices, that the parameter is read as."""
-        split = [split_parts(tensor, layout) for tensor in (self.param, self.grad, self.momentum)]
-        second = [None] * len(split[0]) if self.second_moment is None else split_parts(self.second_moment, layout)
-        skipped = self.skipped.chunk(len(split[0]))
-        scale = [None] * len(split[0]) if self.lookahead_scale is None else self.lookahead_scale.chunk(len(split[0]))
-        yield from (Matrices(*tensors) for tensors in zip(*split, second, skipped, scale, strict=True))
-
-    def stacked_slices(self, count: int) -> Iterator["Matrices"]:
-        """Slices of at most ``count`` matrices of a (b, m, n) stack; anything else comes back whole."""
-        if self.param.ndim != 3 or self.skipped.numel() <= count:
-            yield self
-            return
-        for start in range(0, self.param.size(0), count):
-            stop = start + count
-            cut: list[Any] = [t if t is None else t[start:stop] for t in (getattr(self, f.name) for f in fields(self))]
-            yield Matrices(*cut)
 
 
 class MatrixOptimizer(Optimizer):
@@ -210,7 +177,7 @@ class MatrixOptimizer(Optimizer):
             max_bytes = group["max_workspace_bytes"]
             if parts[0].param.device.type == "cpu":
                 max_bytes = min(max_bytes, CPU_STACK_BYTES)
-            for stack in _chunks(parts, max(1, max_bytes // matrix_bytes)):
+            for stack in chunks(parts, max(1, max_bytes // matrix_bytes)):
                 self._step_stack(stack, layout, group, step, scale)
 
     def _step_sharded(self, entry: Matrices, layout: MatrixLayout, group: dict[str, Any], step: float) -> None:
@@ -250,36 +217,36 @@ class MatrixOptimizer(Optimizer):
         """One step of matrices of one shape, as one stack (b, fan_out, fan_in)."""
         dtype = stack[0].momentum.dtype
         beta = group["momentum"]
-        grad = _gather([entry.grad for entry in stack], layout).to(dtype)
+        grad = gather([entry.grad for entry in stack], layout).to(dtype)
         weight = (1 - beta if self.momentum_is_average else 1) * (-1 if group["maximize"] else 1)
         if weight != 1:
             grad.mul_(weight)
-        momentum = _gather([entry.momentum for entry in stack], layout).mul_(beta).add_(grad)
+        momentum = gather([entry.momentum for entry in stack], layout).mul_(beta).add_(grad)
         lookahead = grad.add_(momentum, alpha=beta) if group["nesterov"] else momentum
         finite = torch.isfinite(largest_magnitude(lookahead, dim=(-2, -1)))  # (b, 1, 1)
         all_finite = finite.device.type == "cpu" and bool(finite.all())  # on a GPU, looking would mean waiting
         if not all_finite:
             lookahead = torch.where(finite, lookahead, 0)
-            momentum = torch.where(finite, momentum, _gather([entry.momentum for entry in stack], layout))
+            momentum = torch.where(finite, momentum, gather([entry.momentum for entry in stack], layout))
         second_moment = None
         if self.has_second_moment:
-            second_moment = _gather([present(entry.second_moment) for entry in stack], layout)
+            second_moment = gather([present(entry.second_moment) for entry in stack], layout)
         direction = self._direction(lookahead, second_moment, group, step)
 
         # Where a matrix is skipped its rate is 0; a plain number is faster where none is.
         rate = group["lr"] if all_finite else group["lr"] * finite.to(dtype)
-        param = _gather([entry.param for entry in stack], layout).to(dtype).mul_(1 - rate * group["weight_decay"])
+        param = gather([entry.param for entry in stack], layout).to(dtype).mul_(1 - rate * group["weight_decay"])
         if isinstance(rate, Tensor):
             param.addcmul_(direction, -rate * scale)
         else:
             param.add_(direction, alpha=-rate * scale)
 
-        _scatter(param, [entry.param for entry in stack], layout)
-        _scatter(momentum, [entry.momentum for entry in stack], layout)
+        scatter(param, [entry.param for entry in stack], layout)
+        scatter(momentum, [entry.momentum for entry in stack], layout)
         if second_moment is not None:
             old = [present(entry.second_moment) for entry in stack]
-            _scatter(
-                second_moment if all_finite else torch.where(finite, second_moment, _gather(old, layout)), old, layout
+            scatter(
+                second_moment if all_finite else torch.where(finite, second_moment, gather(old, layout)), old, layout
             )
         if not all_finite:
             bad = (~finite).flatten().to(torch.int64)
@@ -367,34 +334,6 @@ class MatrixOptimizer(Optimizer):
                 self.state[p][key] = loaded.clone() if isinstance(loaded, Tensor) else loaded
 
 
-def _chunks(parts: Iterable[Matrices], count: int) -> Iterator[list[Matrices]]:
-    """``parts`` in order, cut into lists of at most ``count`` matrices."""
-    chunk: list[Matrices] = []
-    filled = 0
-    for part in parts:
-        for piece in part.stacked_slices(count):
-            if chunk and filled + piece.skipped.numel() > count:
-                yield chunk
-                chunk, filled = [], 0
-            chunk.append(piece)
-            filled += piece.skipped.numel()
-    if chunk:
-        yield chunk
-
-
-def _gather(parts: list[Tensor], layout: MatrixLayout) -> Tensor:
-    """A new stack (b, fan_out, fan_in) of the matrices in ``parts``."""
-    return torch.cat([to_matrices(part, layout) for part in parts])
-
-
-def _scatter(stack: Tensor, parts: list[Tensor], layout: MatrixLayout) -> None:
-    """Write a stack that ``_gather`` made back into ``parts``."""
-    pieces = torch.split(stack, [to_matrices(part, layout).size(0) for part in parts])
-    torch._foreach_copy_(
-        parts, [from_matrices(piece, layout, part.shape) for piece, part in zip(pieces, parts, strict=True)]
-    )
-
-
 def has_fast_bfloat16(device: torch.device) -> bool:
     """Whether products in bfloat16 are native: on GPUs, and on CPUs with AVX512-BF16 or AMX."""
     if device.type == "cpu":
@@ -420,9 +359,3 @@ def _check(group: dict[str, Any], key: str, is_valid: Callable[[Any], bool], all
 def _name(group: dict[str, Any], index: int) -> str:
     names = group.get("param_names")
     return repr(names[index]) if names else f"number {index} of its group"
-
-
-def present(tensor: Tensor | None) -> Tensor:
-    if tensor is None:
-        raise RuntimeError("a matrix parameter has no second moment in its state")
-    return tensor

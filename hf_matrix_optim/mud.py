@@ -17,9 +17,11 @@ from hf_matrix_optim.kernels.mud_step import (
     workspace_bytes,
 )
 from hf_matrix_optim.matrix_layout import MatrixLayout, to_matrices
-from hf_matrix_optim.matrix_optimizer import Matrices, MatrixOptimizer, present
+from hf_matrix_optim.matrix_optimizer import MatrixOptimizer
+from hf_matrix_optim.stacks import Matrices, present
 
 KERNELS = ("auto", "torch", "triton")
+MOST_PLANS = 64
 
 
 class MUD(MatrixOptimizer):
@@ -151,6 +153,8 @@ class MUD(MatrixOptimizer):
         plans: dict[int, tuple[Any, list[StackPlan], list[int]]] = self.__dict__.setdefault("_stack_plans", {})
         known = plans.get(id(entries[0].param))
         if known is None or known[0] != key or not all(can_take_gradient(e.param, e.grad) for e in entries):
+            if len(plans) >= MOST_PLANS:  # parameters that are gathered anew in every step never come back
+                plans.clear()
             known = (key, *self._new_plan(entries, layout, group))
             plans[id(entries[0].param)] = known
         return known[1], [entries[i] for i in known[2]]

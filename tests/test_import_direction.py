@@ -14,7 +14,7 @@ LAYERS = {
     "partition": {"fused_layouts", "model_places", "parameter_routing", "partition"},
     "ranks": {"sharding", "sharding.full_tensor"},
     "kernels": {"kernels", "kernels.mud_step", "kernels.mud_triton"},
-    "step": {"checkpoint_check", "matrix_optimizer"},
+    "step": {"checkpoint_check", "stacks", "matrix_optimizer"},
     "rules": {"muon", "adamuon", "mud"},
     "hook": {"options", "registry", "registration", "tripwire", "import_hook", "trainer"},
     "root": {""},
