@@ -89,7 +89,7 @@ def find_text_files(patterns: Sequence[str]) -> tuple[Path, ...]:
         files.update(dict.fromkeys(file.resolve() for file in found))
     for file in files:
         if is_empty(file):
-            raise RecipeError(f"{file} is empty")
+            raise RecipeError(f"{file} is empty: name files that hold text")
     return tuple(files)
 
 
@@ -314,13 +314,16 @@ def packed_text(
     if len(train_blocks) == 0:
         count = sum(map(len, train_tokens["input_ids"]))
         raise RecipeError(
-            f"the training text has {count:,} tokens, less than one block: --block_size is {block_size:,}"
+            f"the training text has {count:,} tokens, less than one block: --block_size is {block_size:,}. "
+            "Give more text or a smaller block"
         )
     validation_blocks = None
     if validation is not None:
         validation_blocks = pack(tokenize_source(validation, tokenizer, 0.0, **options), block_size)
         if len(validation_blocks) == 0:
-            raise RecipeError(f"the validation text has less than one block: --block_size is {block_size:,}")
+            raise RecipeError(
+                f"the validation text has less than one block: --block_size is {block_size:,}. Give more"
+            )
     elif validation_fraction > 0:
         validation_blocks = pack(train_tokens, block_size, held_out=True)
         if len(validation_blocks) == 0:

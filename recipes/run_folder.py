@@ -128,7 +128,10 @@ def check_same_run(earlier: Mapping[str, Any], identity: Mapping[str, Any]) -> N
         if saved.get(key) != wanted.get(key)
     ]
     if differences:
-        raise RecipeError("the run to resume was started differently: " + "; ".join(differences))
+        raise RecipeError(
+            f"the run to resume was started differently: {'; '.join(differences)}. Resume it with its own settings, "
+            "or start a new run in another --output_dir"
+        )
 
 
 def weights_hash(model: nn.Module) -> str:

@@ -42,7 +42,7 @@ def test_every_optimizer_and_every_option_is_in_its_table():
     assert [row[0].strip("`") for row in table_rows("| `--optim` |")] == list(OPTIMIZER_NAMES)
     listed = {name for row in table_rows("| key |") for name in re.findall(r"`(\w+)`", row[0])}
     known = {field.name for options in OPTIONS_CLASSES.values() for field in fields(options)}
-    assert listed == known - {"adamw_fused"}  # a detail of the AdamW groups, in the docstrings
+    assert listed == known
 
 
 def test_recipe_commands_are_understood(tmp_path):
