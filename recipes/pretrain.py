@@ -138,7 +138,8 @@ def build_config(preset: Preset, tokenizer: PreTrainedTokenizerBase, block_size:
         )
     if block_size > config.max_position_embeddings:
         raise RecipeError(
-            f"--block_size is {block_size:,}; this model has {config.max_position_embeddings:,} positions, so it can be no larger"
+            f"--block_size is {block_size:,}; this model has {config.max_position_embeddings:,} positions, "
+            "so it can be no larger"
         )
     return config
 
