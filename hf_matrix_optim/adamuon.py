@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+from hf_matrix_optim.kernels.stack_step import KernelRule
 from hf_matrix_optim.matrix_optimizer import MatrixOptimizer
 from hf_matrix_optim.newton_schulz import coefficients_for, newton_schulz
 
@@ -50,6 +51,11 @@ class AdaMuon(MatrixOptimizer):
         maximize: step along the gradient.
         map_dtype: precision of the iteration: a dtype's name, or "auto": bfloat16 where the device has native products
             in it (GPUs, CPUs with AVX512-BF16 or AMX), else that of the state.
+        kernels: "triton" for the GPU kernels, whose products are in float16 with float32 sums; "torch" for the plain
+            path; "auto" takes the kernels where they apply: linear layers with float32 or bfloat16 parameters on a
+            CUDA GPU with Triton, ``map_dtype="auto"``.
+        cuda_graph: replay the kernels' step as one CUDA graph, which holds on to its workspace between steps.
+        momentum_dtype: "auto" (float32 for parameters of 32 bits or less) or "bfloat16", which halves its memory.
         max_workspace_bytes: bound of the temporary stacks of a step, in bytes.
 
     Raises:
@@ -80,6 +86,9 @@ class AdaMuon(MatrixOptimizer):
         adamw_fused: bool | None = None,
         maximize: bool = False,
         map_dtype: str = "auto",
+        kernels: str = "auto",
+        cuda_graph: bool = False,
+        momentum_dtype: str = "auto",
         max_workspace_bytes: int = 2**30,
     ) -> None:
         if variant not in VARIANTS:
@@ -107,6 +116,9 @@ class AdaMuon(MatrixOptimizer):
                 "fused": adamw_fused,
                 "maximize": maximize,
                 "map_dtype": map_dtype,
+                "kernels": kernels,
+                "cuda_graph": cuda_graph,
+                "momentum_dtype": momentum_dtype,
                 "max_workspace_bytes": max_workspace_bytes,
             },
         )
@@ -129,6 +141,23 @@ class AdaMuon(MatrixOptimizer):
 
     def _scale(self, fan_out: int, fan_in: int, group: dict[str, Any]) -> float:
         return float(group["update_rms"])  # the direction has root mean square 1
+
+    def _kernel_rule(self, group: dict[str, Any]) -> KernelRule:
+        is_v1 = group["variant"] == "v1"
+        return KernelRule(
+            beta=group["momentum"],
+            nesterov=group["nesterov"],
+            weight_decay=group["weight_decay"],
+            weight=self._gradient_weight(group),
+            coefficients=coefficients_for(group["ns_coefficients"], group["ns_steps"]),
+            takes_sign=not is_v1,
+            beta2=group["beta2"] if is_v1 else group["momentum"],
+            eps=group["eps"],
+            rms_eps=group["eps"] if is_v1 else 0.0,
+        )
+
+    def _bias_correction(self, group: dict[str, Any], step: float) -> float:
+        return 1 / math.sqrt(1 - group["beta2"] ** step) if group["variant"] == "v1" else 1.0
 
     def _direction(
         self, lookahead: Tensor, second_moment: Tensor | None, group: dict[str, Any], step: float

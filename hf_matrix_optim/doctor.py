@@ -116,8 +116,8 @@ def _device() -> str:
     if not torch.cuda.is_available():
         return "no GPU: steps run on the CPU; Triton is not needed"
     names = ", ".join(torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count()))
-    from hf_matrix_optim.kernels.mud_step import why_not
+    from hf_matrix_optim.kernels.stack_plan import why_not
 
     reason = why_not(torch.device("cuda", 0))
-    kernels = f"MUD's kernels stay off: {reason}" if reason else "MUD's kernels run"
+    kernels = f"the kernels of the step stay off: {reason}" if reason else "the kernels of the step run"
     return f"{names}; CUDA {torch.version.cuda}; Triton {_version('triton')}; {kernels}"

@@ -1,13 +1,15 @@
 """The one ``step()`` and the one ``state_dict`` of every matrix optimizer.
 
 A gradient's way through a matrix group: ``step`` -> ``_step_matrix_group`` (which parameters, which state) ->
-``_step_entries`` (matrices of one shape in stacks under the workspace cap) -> ``_step_stack`` (momentum, direction,
-decay and update on the whole stack). A subclass is a constructor and ``_direction``. AdamW groups go through
-torch's own ``adamw``.
+``_step_lists`` (what the GPU kernels take goes to ``kernels.fast_path``) -> ``_step_plainly`` (matrices of one shape
+in stacks under the workspace cap) -> ``_step_stack`` (momentum, direction, decay and update on the whole stack). A
+subclass is a constructor, ``_direction``, and ``_kernel_rule`` for the kernels. AdamW groups go through torch's
+``adamw``.
 """
 
+import operator
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import fields
 from typing import Any, overload
 
@@ -17,10 +19,13 @@ from torch.optim.adamw import adamw
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from hf_matrix_optim.checkpoint_check import check_checkpoint
+from hf_matrix_optim.kernels.fast_path import FastPath
+from hf_matrix_optim.kernels.stack_plan import why_not
+from hf_matrix_optim.kernels.stack_step import KernelRule
 from hf_matrix_optim.matrix_layout import MatrixLayout, to_matrices
 from hf_matrix_optim.newton_schulz import largest_magnitude
 from hf_matrix_optim.sharding.full_tensor import is_sharded, whole, write_shard
-from hf_matrix_optim.stacks import Matrices, chunks, gather, present, scatter
+from hf_matrix_optim.stacks import Matrices, MatrixLists, chunks, gather, present, scatter
 from hf_matrix_optim.update_scale import UPDATE_SCALES, update_scale
 
 ROLES = ("adamw", "matrix")
@@ -30,6 +35,8 @@ MAP_DTYPES = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
+KERNELS = ("auto", "torch", "triton")
+MOMENTUM_DTYPES = ("auto", "bfloat16")
 #: Device types for which torch has a fused AdamW.
 FUSED_ADAMW_DEVICES = ("cpu", "cuda", "xpu", "mps")
 #: Tensors of a stack's size that are alive at once in ``_step_stack``, for the workspace cap.
@@ -55,7 +62,6 @@ class MatrixOptimizer(Optimizer):
     algorithm: str
     momentum_is_average: bool = False
     has_second_moment: bool = False
-    has_kernels: bool = False
 
     def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
         if isinstance(defaults["lr"], Tensor) and defaults["lr"].numel() != 1:
@@ -97,6 +103,15 @@ class MatrixOptimizer(Optimizer):
         _check(group, "adamw_eps", lambda value: value >= 0, "at least 0")
         _check(group, "betas", lambda value: all(0 <= beta < 1 for beta in value), "each at least 0 and below 1")
         _check(group, "map_dtype", lambda value: value in ("auto", *MAP_DTYPES), f"auto, {', '.join(MAP_DTYPES)}")
+        _check(group, "kernels", lambda value: value in KERNELS, " or ".join(KERNELS))
+        _check(group, "momentum_dtype", lambda value: value in MOMENTUM_DTYPES, " or ".join(MOMENTUM_DTYPES))
+        if group["kernels"] == "triton" and group["map_dtype"] != "auto":
+            raise ValueError(
+                f"kernels='triton' multiplies in float16 and is for map_dtype='auto', not {group['map_dtype']!r}: use "
+                "kernels='auto'"
+            )
+        if group["cuda_graph"] and group["kernels"] == "torch":
+            raise ValueError("cuda_graph=True is for the GPU kernels, not for kernels='torch'")
         _check(group, "max_workspace_bytes", lambda value: value > 0, "above 0")
         if "update_scale" in group:
             _check(group, "update_scale", lambda value: value in UPDATE_SCALES, " or ".join(UPDATE_SCALES))
@@ -129,12 +144,12 @@ class MatrixOptimizer(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            for i, p in enumerate(group["params"]):
-                if p.grad is not None and p.grad.is_sparse:
-                    raise RuntimeError(
-                        f"parameter {_name(group, i)} has a sparse gradient, which is not supported: "
-                        "use nn.Embedding(sparse=False)"
-                    )
+            is_sparse = [(grad := p.grad) is not None and grad.is_sparse for p in group["params"]]
+            if True in is_sparse:
+                raise RuntimeError(
+                    f"parameter {_name(group, is_sparse.index(True))} has a sparse gradient, which is not supported: "
+                    "use nn.Embedding(sparse=False)"
+                )
             if group["role"] == "matrix":
                 self._step_matrix_group(group)
             else:
@@ -143,36 +158,76 @@ class MatrixOptimizer(Optimizer):
 
     def _step_matrix_group(self, group: dict[str, Any]) -> None:
         layout = MatrixLayout.from_group(group)
-        by_step: dict[float, list[Matrices]] = defaultdict(list)  # parameters that joined later are behind the others
-        for p in group["params"]:
-            if p.grad is None:
-                continue
-            state = self._matrix_state(p, layout)
-            state["step"] += 1
-            entry = Matrices(
-                p,
-                p.grad,
-                state["momentum_buffer"],
-                state.get("exp_avg_sq"),
-                state["skipped"],
-                state.get("lookahead_scale"),
-            )
+        known: dict[int, _GroupState] = self.__dict__.setdefault("_group_states", {})
+        gathered = known.get(id(group))
+        if gathered is None or not gathered.is_of(group):
+            states = [self._matrix_state(p, layout, group) if p.grad is not None else {} for p in group["params"]]
+            gathered = known[id(group)] = _GroupState(group, states)
+        lists, steps = gathered.lists_and_steps()
+        if gathered.is_together and len(set(steps)) == 1:
+            self._step_lists(lists, layout, group, steps[0])
+            return
+        # Parameters that joined later are behind the others; a model may lie on several devices, or in shards.
+        together: dict[tuple[float, torch.device], list[int]] = defaultdict(list)
+        for i, (p, step) in enumerate(zip(lists.params, steps, strict=True)):
             if is_sharded(p):
-                self._step_sharded(entry, layout, group, state["step"].item())
+                self._step_sharded(lists.entry(i), layout, group, step)
             else:
-                by_step[state["step"].item()].append(entry)
-        for step, entries in by_step.items():
-            self._step_entries(entries, layout, group, step)
+                together[step, p.device].append(i)
+        for (step, _), chosen in together.items():
+            self._step_lists(lists.select(chosen), layout, group, step)
 
-    def _step_entries(self, entries: list[Matrices], layout: MatrixLayout, group: dict[str, Any], step: float) -> None:
-        """Step parameters of one group by the plain path; a subclass with GPU kernels takes what they can first."""
+    def _step_lists(self, lists: MatrixLists, layout: MatrixLayout, group: dict[str, Any], step: float) -> None:
+        """Step parameters of one group and device: what the GPU kernels can take by them, the others plainly."""
+        reason = self._why_not_kernels(lists.params[0].device, layout, group)
+        if reason and group["kernels"] == "triton":
+            raise RuntimeError(f"kernels='triton' was asked for, but {reason}; or use kernels='auto'")
+        if reason and group["cuda_graph"]:
+            raise RuntimeError(f"cuda_graph=True was asked for, which is for the kernels, but {reason}")
+        rest: Iterable[int] = range(len(lists.params))
+        if not reason:
+            fast_path: FastPath = self.__dict__.setdefault("_fast_path", FastPath())
+            rest = fast_path.step(
+                lists,
+                layout,
+                self._kernel_rule(group),
+                lambda fan_out, fan_in: self._scale(fan_out, fan_in, group),
+                lr=group["lr"],
+                correction=self._bias_correction(group, step),
+                max_workspace_bytes=group["max_workspace_bytes"],
+                cuda_graph=group["cuda_graph"],
+                take_all=group["kernels"] == "triton",
+            )
+        self._step_plainly([lists.entry(i) for i in rest], layout, group, step)
+
+    def _why_not_kernels(self, device: torch.device, layout: MatrixLayout, group: dict[str, Any]) -> str:
+        """Why a whole group goes the plain path; "" if the kernels may take it."""
+        if group["kernels"] == "torch":
+            return "kernels='torch'"
+        if group["map_dtype"] != "auto" or layout.flatten:
+            return "they are for linear layers and map_dtype='auto'"
+        return why_not(device)
+
+    def _kernel_rule(self, group: dict[str, Any]) -> KernelRule:
+        """What the kernels need to know of a param group."""
+        raise NotImplementedError
+
+    def _bias_correction(self, group: dict[str, Any], step: float) -> float:
+        """Factor of the second moment's root in step ``step``."""
+        return 1.0
+
+    def _gradient_weight(self, group: dict[str, Any]) -> float:
+        """w, negative to step along the gradient."""
+        return (1 - group["momentum"] if self.momentum_is_average else 1) * (-1 if group["maximize"] else 1)
+
+    def _step_plainly(self, entries: list[Matrices], layout: MatrixLayout, group: dict[str, Any], step: float) -> None:
         stacks: dict[tuple[Any, ...], list[Matrices]] = defaultdict(list)
         for entry in entries:
             for part in entry.parts(layout):
                 fan_out, fan_in = to_matrices(part.param, layout).shape[-2:]
                 stacks[fan_out, fan_in, part.param.dtype, part.momentum.dtype, part.param.device].append(part)
         for (fan_out, fan_in, *_), parts in stacks.items():
-            matrix_bytes = STACK_COPIES * fan_out * fan_in * parts[0].momentum.element_size()
+            matrix_bytes = STACK_COPIES * fan_out * fan_in * _state_dtype(parts[0].param).itemsize
             scale = self._scale(fan_out, fan_in, group)
             max_bytes = group["max_workspace_bytes"]
             if parts[0].param.device.type == "cpu":
@@ -191,37 +246,39 @@ class MatrixOptimizer(Optimizer):
             entry.skipped,
             entry.lookahead_scale,
         )
-        self._step_entries([gathered], layout, group, step)
+        lists = MatrixLists(*([getattr(gathered, field.name)] for field in fields(gathered)))
+        self._step_lists(lists, layout, group, step)
         write_shard(entry.param, gathered.param)
         write_shard(entry.momentum, gathered.momentum)
         if second is not None and gathered.second_moment is not None:
             write_shard(second, gathered.second_moment)
 
-    def _matrix_state(self, p: Tensor, layout: MatrixLayout) -> dict[str, Any]:
+    def _matrix_state(self, p: Tensor, layout: MatrixLayout, group: dict[str, Any]) -> dict[str, Any]:
         state: dict[str, Any] = self.state[p]
         if not state:
-            dtype = _state_dtype(p)
             state["step"] = torch.tensor(0.0, dtype=torch.float32)
-            state["momentum_buffer"] = torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format)
+            state["momentum_buffer"] = torch.zeros_like(
+                p, dtype=_momentum_dtype(p, group), memory_format=torch.preserve_format
+            )
             if self.has_second_moment:
-                state["exp_avg_sq"] = torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format)
+                state["exp_avg_sq"] = torch.zeros_like(p, dtype=_state_dtype(p), memory_format=torch.preserve_format)
             matrices = layout.matrix_count(tuple(p.shape))
             state["skipped"] = torch.zeros(matrices, dtype=torch.int64, device=p.device)
-            if self.has_kernels and p.is_cuda:
-                state["lookahead_scale"] = torch.zeros(matrices, dtype=torch.float32, device=p.device)
+        if p.is_cuda and "lookahead_scale" not in state:  # also after a checkpoint from another device
+            state["lookahead_scale"] = torch.zeros(state["skipped"].numel(), dtype=torch.float32, device=p.device)
         return state
 
     def _step_stack(
         self, stack: list[Matrices], layout: MatrixLayout, group: dict[str, Any], step: float, scale: float
     ) -> None:
         """One step of matrices of one shape, as one stack (b, fan_out, fan_in)."""
-        dtype = stack[0].momentum.dtype
+        dtype = _state_dtype(stack[0].param)
         beta = group["momentum"]
         grad = gather([entry.grad for entry in stack], layout).to(dtype)
-        weight = (1 - beta if self.momentum_is_average else 1) * (-1 if group["maximize"] else 1)
+        weight = self._gradient_weight(group)
         if weight != 1:
             grad.mul_(weight)
-        momentum = gather([entry.momentum for entry in stack], layout).mul_(beta).add_(grad)
+        momentum = gather([entry.momentum for entry in stack], layout).to(dtype).mul_(beta).add_(grad)
         lookahead = grad.add_(momentum, alpha=beta) if group["nesterov"] else momentum
         finite = torch.isfinite(largest_magnitude(lookahead, dim=(-2, -1)))  # (b, 1, 1)
         all_finite = finite.device.type == "cpu" and bool(finite.all())  # on a GPU, looking would mean waiting
@@ -323,15 +380,71 @@ class MatrixOptimizer(Optimizer):
         check_checkpoint(state_dict["param_groups"], self.param_groups)
         saved_ids = [i for group in state_dict["param_groups"] for i in group["params"]]
         super().load_state_dict(state_dict)
-        parameters = [(p, group["role"]) for group in self.param_groups for p in group["params"]]
-        for saved_id, (p, role) in zip(saved_ids, parameters, strict=True):
+        parameters = [(p, group) for group in self.param_groups for p in group["params"]]
+        for saved_id, (p, group) in zip(saved_ids, parameters, strict=True):
             for key, value in state_dict["state"].get(saved_id, {}).items():
                 loaded = self.state[p][key]
-                if role == "matrix":  # torch has cast every tensor but the step to the parameter's dtype
+                if group["role"] == "matrix":  # torch has cast every tensor but the step to the parameter's dtype
                     device = torch.device("cpu") if key == "step" else p.device
-                    dtype = _state_dtype(p) if value.is_floating_point() and key != "step" else value.dtype
+                    dtype = value.dtype
+                    if key == "momentum_buffer":
+                        dtype = _momentum_dtype(p, group)
+                    elif key == "exp_avg_sq":
+                        dtype = _state_dtype(p)
                     loaded = value.to(device=device, dtype=dtype)
                 self.state[p][key] = loaded.clone() if isinstance(loaded, Tensor) else loaded
+
+
+class _GroupState:
+    """The state of a matrix group's parameters, in their order; {} for one that has had no gradient yet.
+
+    Their counters are views of one tensor: hundreds of additions to small tensors cost the host as much as all the
+    launches. A counter that is not, as after a checkpoint, makes the group be gathered anew.
+    """
+
+    def __init__(self, group: dict[str, Any], states: list[dict[str, Any]]) -> None:
+        self.group = group
+        self.params: list[Tensor] = list(group["params"])
+        self.states = states
+        self.present = [i for i, state in enumerate(states) if state]
+        self.steps = torch.tensor([float(state.get("step", 0.0)) for state in states])
+        for state, view in zip(states, self.steps.unbind(), strict=True):
+            if state:
+                state["step"] = view
+        self.tensors = self._tensors()
+        self.is_together = len({p.device for p in self.params}) == 1 and not any(map(is_sharded, self.params))
+
+    def _tensors(self) -> list[list[Any]]:
+        states = [self.states[i] for i in self.present]
+        keys = ("step", "momentum_buffer", "exp_avg_sq", "skipped", "lookahead_scale")
+        return [[state.get(key) for state in states] for key in keys]
+
+    def is_of(self, group: dict[str, Any]) -> bool:
+        """Whether nothing has been put in the place of a tensor, and every parameter with a gradient has a state."""
+        if self.group is not group or len(self.params) != len(group["params"]):
+            return False
+        if not all(map(operator.is_, self.params, group["params"])):
+            return False
+        if not all(all(map(operator.is_, old, new)) for old, new in zip(self.tensors, self._tensors(), strict=True)):
+            return False
+        return len(self.present) == len(self.params) or all(
+            state or p.grad is None for p, state in zip(self.params, self.states, strict=True)
+        )
+
+    def lists_and_steps(self) -> tuple[MatrixLists, list[float]]:
+        """The parameters with a gradient, and the number of this step of each, which is counted here."""
+        grads: list[Any] = [p.grad for p in self.params]
+        params, of_params = self.params, grads
+        if len(self.present) < len(grads):
+            params, of_params = [self.params[i] for i in self.present], [grads[i] for i in self.present]
+        lists = MatrixLists(params, of_params, *self.tensors[1:])
+        if all(grad is not None for grad in grads):
+            self.steps += 1
+            return lists, self.steps.tolist()
+        stepping = [i for i, grad in enumerate(grads) if grad is not None]
+        self.steps[stepping] += 1
+        at = {i: position for position, i in enumerate(self.present)}
+        return lists.select([at[i] for i in stepping]), self.steps[stepping].tolist()
 
 
 def has_fast_bfloat16(device: torch.device) -> bool:
@@ -345,6 +458,10 @@ def has_fast_bfloat16(device: torch.device) -> bool:
 def _state_dtype(p: Tensor) -> torch.dtype:
     """float32 at least, whatever the parameter's dtype."""
     return torch.promote_types(p.dtype, torch.float32)
+
+
+def _momentum_dtype(p: Tensor, group: dict[str, Any]) -> torch.dtype:
+    return _state_dtype(p) if group["momentum_dtype"] == "auto" else torch.bfloat16
 
 
 def _check(group: dict[str, Any], key: str, is_valid: Callable[[Any], bool], allowed: str) -> None:

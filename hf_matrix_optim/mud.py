@@ -7,21 +7,8 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from hf_matrix_optim.decorrelate import decorrelate
-from hf_matrix_optim.kernels.mud_step import (
-    StackPlan,
-    can_take,
-    can_take_gradient,
-    matrices_of,
-    mud_step,
-    why_not,
-    workspace_bytes,
-)
-from hf_matrix_optim.matrix_layout import MatrixLayout, to_matrices
+from hf_matrix_optim.kernels.stack_step import KernelRule
 from hf_matrix_optim.matrix_optimizer import MatrixOptimizer
-from hf_matrix_optim.stacks import Matrices, present
-
-KERNELS = ("auto", "torch", "triton")
-MOST_PLANS = 64
 
 
 class MUD(MatrixOptimizer):
@@ -50,8 +37,10 @@ class MUD(MatrixOptimizer):
         maximize: step along the gradient.
         map_dtype: precision of the plain path's Gram products: "auto" (that of the state), or a dtype's name.
         kernels: "triton" for the GPU kernels, whose products are in float16 with float32 sums; "torch" for the plain
-            path; "auto" takes the kernels where they apply: float32 or bfloat16 parameters on a CUDA GPU with Triton,
-            one pass, ``map_dtype="auto"``, a float learning rate.
+            path; "auto" takes the kernels where they apply: linear layers with float32 or bfloat16 parameters on a
+            CUDA GPU with Triton, ``map_dtype="auto"``.
+        cuda_graph: replay the kernels' step as one CUDA graph, which holds on to its workspace between steps.
+        momentum_dtype: "auto" (float32 for parameters of 32 bits or less) or "bfloat16", which halves its memory.
         max_workspace_bytes: bound of the temporary stacks of a step, in bytes.
 
     Raises:
@@ -61,7 +50,6 @@ class MUD(MatrixOptimizer):
     """
 
     algorithm = "mud"
-    has_kernels = True
 
     def __init__(
         self,
@@ -80,6 +68,8 @@ class MUD(MatrixOptimizer):
         maximize: bool = False,
         map_dtype: str = "auto",
         kernels: str = "auto",
+        cuda_graph: bool = False,
+        momentum_dtype: str = "auto",
         max_workspace_bytes: int = 2**30,
     ) -> None:
         super().__init__(
@@ -98,104 +88,25 @@ class MUD(MatrixOptimizer):
                 "maximize": maximize,
                 "map_dtype": map_dtype,
                 "kernels": kernels,
+                "cuda_graph": cuda_graph,
+                "momentum_dtype": momentum_dtype,
                 "max_workspace_bytes": max_workspace_bytes,
             },
         )
 
     def _check_group(self, group: dict[str, Any]) -> None:
         super()._check_group(group)
-        if group["kernels"] not in KERNELS:
-            raise ValueError(f"kernels={group['kernels']!r} is not one of {', '.join(KERNELS)}")
-        if group["kernels"] == "triton" and (group["passes"] != 1 or group["map_dtype"] != "auto"):
-            raise ValueError(
-                f"kernels='triton' is for passes=1 and map_dtype='auto', not passes={group['passes']} and "
-                f"map_dtype={group['map_dtype']!r}: use kernels='auto'"
-            )
         if group["passes"] < 1:
             raise ValueError(f"passes={group['passes']!r} is not allowed: it must be at least 1")
 
-    def _step_entries(self, entries: list[Matrices], layout: MatrixLayout, group: dict[str, Any], step: float) -> None:
-        reason = self._why_not_kernels(entries[0].param.device, layout, group)
-        stacks, rest = ([], entries) if reason else self._plan(entries, layout, group)
-        if rest and group["kernels"] == "triton":
-            reason = (
-                reason or f"a parameter of shape {tuple(rest[0].param.shape)} is too small or not laid out for them"
-            )
-            raise RuntimeError(f"kernels='triton' was asked for, but {reason}; or use kernels='auto'")
-        grad_starts = [entry.grad.data_ptr() for entry in entries]
-        for stack in stacks:
-            mud_step(
-                stack,
-                grad_starts,
-                beta=group["momentum"],
-                nesterov=group["nesterov"],
-                keep=1 - group["lr"] * group["weight_decay"],
-                rate=group["lr"] * stack.scale,
-                maximize=group["maximize"],
-            )
-        if rest:
-            super()._step_entries(rest, layout, group, step)
-
-    def _why_not_kernels(self, device: torch.device, layout: MatrixLayout, group: dict[str, Any]) -> str:
-        """Why a whole group goes the plain path; "" if the kernels may take it."""
-        if group["kernels"] == "torch":
-            return "kernels='torch'"
-        if group["passes"] != 1 or group["map_dtype"] != "auto" or isinstance(group["lr"], Tensor) or layout.flatten:
-            return "they are for linear layers, one pass, map_dtype='auto' and a float learning rate"
-        return why_not(device)
-
-    def _plan(
-        self, entries: list[Matrices], layout: MatrixLayout, group: dict[str, Any]
-    ) -> tuple[list[StackPlan], list[Matrices]]:
-        """Stacks for the kernels, and the entries they cannot take; kept while the tensors stay where they are."""
-        places = tuple((id(e.param), e.param.data_ptr(), e.momentum.data_ptr()) for e in entries)
-        key = (places, layout, group["update_scale"], group["update_rms"], group["max_workspace_bytes"])
-        plans: dict[int, tuple[Any, list[StackPlan], list[int]]] = self.__dict__.setdefault("_stack_plans", {})
-        known = plans.get(id(entries[0].param))
-        if known is None or known[0] != key or not all(can_take_gradient(e.param, e.grad) for e in entries):
-            if len(plans) >= MOST_PLANS:  # parameters that are gathered anew in every step never come back
-                plans.clear()
-            known = (key, *self._new_plan(entries, layout, group))
-            plans[id(entries[0].param)] = known
-        return known[1], [entries[i] for i in known[2]]
-
-    def _new_plan(
-        self, entries: list[Matrices], layout: MatrixLayout, group: dict[str, Any]
-    ) -> tuple[list[StackPlan], list[int]]:
-        rest: list[int] = []
-        stacks: list[StackPlan] = []
-        filling: dict[Any, StackPlan] = {}
-        for owner, entry in enumerate(entries):
-            parts = list(entry.parts(layout))
-            if not all(can_take(part.param, part.grad, part.momentum) for part in parts):
-                rest.append(owner)
-                continue
-            for part in parts:
-                rows, columns = part.param.shape[-2:]
-                fan_out, fan_in = to_matrices(part.param, layout).shape[-2:]
-                shape = (rows, columns, part.param.stride(-2), part.param.dtype)
-                most = max(1, group["max_workspace_bytes"] // workspace_bytes(rows, columns))
-                matrices = zip(
-                    matrices_of(part.param),
-                    matrices_of(part.momentum),
-                    present(part.lookahead_scale).unbind(),
-                    part.skipped.unbind(),
-                    strict=True,
-                )
-                for tensors in matrices:
-                    if shape not in filling or len(filling[shape].owners) == most:
-                        filling[shape] = StackPlan(
-                            rows=rows,
-                            columns=columns,
-                            stride=part.param.stride(-2),
-                            along_columns=rows > columns or (rows == columns and layout.output_axis == 1),
-                            scale=self._scale(fan_out, fan_in, group),
-                            dtype=part.param.dtype,
-                            device=part.param.device,
-                        )
-                        stacks.append(filling[shape])
-                    filling[shape].add(owner, entry.param.data_ptr(), tensors)
-        return stacks, rest
+    def _kernel_rule(self, group: dict[str, Any]) -> KernelRule:
+        return KernelRule(
+            beta=group["momentum"],
+            nesterov=group["nesterov"],
+            weight_decay=group["weight_decay"],
+            weight=self._gradient_weight(group),
+            passes=group["passes"],
+        )
 
     def _map_dtype(self, lookahead: Tensor, group: dict[str, Any]) -> torch.dtype:
         # A bfloat16 Gram matrix costs 20 % relative error on correlated rows, so "auto" keeps the state's precision.

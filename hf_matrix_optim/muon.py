@@ -5,6 +5,7 @@ from typing import Any
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+from hf_matrix_optim.kernels.stack_step import KernelRule
 from hf_matrix_optim.matrix_optimizer import MatrixOptimizer
 from hf_matrix_optim.newton_schulz import coefficients_for, newton_schulz
 
@@ -36,6 +37,11 @@ class Muon(MatrixOptimizer):
         maximize: step along the gradient.
         map_dtype: precision of the iteration: a dtype's name, or "auto": bfloat16 where the device has native products
             in it (GPUs, CPUs with AVX512-BF16 or AMX), else that of the state.
+        kernels: "triton" for the GPU kernels, whose products are in float16 with float32 sums; "torch" for the plain
+            path; "auto" takes the kernels where they apply: linear layers with float32 or bfloat16 parameters on a
+            CUDA GPU with Triton, ``map_dtype="auto"``.
+        cuda_graph: replay the kernels' step as one CUDA graph, which holds on to its workspace between steps.
+        momentum_dtype: "auto" (float32 for parameters of 32 bits or less) or "bfloat16", which halves its memory.
         max_workspace_bytes: bound of the temporary stacks of a step, in bytes.
 
     Raises:
@@ -63,6 +69,9 @@ class Muon(MatrixOptimizer):
         adamw_fused: bool | None = None,
         maximize: bool = False,
         map_dtype: str = "auto",
+        kernels: str = "auto",
+        cuda_graph: bool = False,
+        momentum_dtype: str = "auto",
         max_workspace_bytes: int = 2**30,
     ) -> None:
         super().__init__(
@@ -81,6 +90,9 @@ class Muon(MatrixOptimizer):
                 "fused": adamw_fused,
                 "maximize": maximize,
                 "map_dtype": map_dtype,
+                "kernels": kernels,
+                "cuda_graph": cuda_graph,
+                "momentum_dtype": momentum_dtype,
                 "max_workspace_bytes": max_workspace_bytes,
             },
         )
@@ -88,6 +100,15 @@ class Muon(MatrixOptimizer):
     def _check_group(self, group: dict[str, Any]) -> None:
         super()._check_group(group)
         coefficients_for(group["ns_coefficients"], group["ns_steps"])
+
+    def _kernel_rule(self, group: dict[str, Any]) -> KernelRule:
+        return KernelRule(
+            beta=group["momentum"],
+            nesterov=group["nesterov"],
+            weight_decay=group["weight_decay"],
+            weight=self._gradient_weight(group),
+            coefficients=coefficients_for(group["ns_coefficients"], group["ns_steps"]),
+        )
 
     def _direction(
         self, lookahead: Tensor, second_moment: Tensor | None, group: dict[str, Any], step: float

@@ -39,6 +39,9 @@ class MatrixOptimizerOptions:
         update_rms: root mean square of the update per unit of learning rate, above 0.
         adamw_fused: torch's fused AdamW kernel; None uses it where the device has one.
         map_dtype: precision of the map from momentum to direction.
+        kernels: "triton" for the GPU kernels, "torch" for the plain path, "auto" for the kernels where they apply.
+        cuda_graph: replay the kernels' step as one CUDA graph.
+        momentum_dtype: "auto" (float32 for parameters of 32 bits or less) or "bfloat16".
         max_workspace_bytes: bound of the temporary stacks of a step, in bytes.
     """
 
@@ -54,6 +57,9 @@ class MatrixOptimizerOptions:
     update_rms: float = 0.2
     adamw_fused: bool | None = None
     map_dtype: MapDtype = "auto"
+    kernels: Literal["auto", "torch", "triton"] = "auto"
+    cuda_graph: bool = False
+    momentum_dtype: Literal["auto", "bfloat16"] = "auto"
     max_workspace_bytes: int = 2**30
 
 
@@ -91,7 +97,6 @@ class MUDOptions(MatrixOptimizerOptions):
     nesterov: bool = True
     passes: int = 1
     update_scale: UpdateScale = "match_rms_adamw"
-    kernels: Literal["auto", "torch", "triton"] = "auto"
 
 
 OPTIONS_CLASSES: dict[str, type[MatrixOptimizerOptions]] = {

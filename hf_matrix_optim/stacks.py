@@ -10,7 +10,7 @@ from torch import Tensor
 from hf_matrix_optim.matrix_layout import MatrixLayout, from_matrices, split_parts, to_matrices
 
 
-@dataclass
+@dataclass(slots=True)
 class Matrices:
     """The tensors of one parameter, or of a slice of it, that a step reads and writes; all of the same shape.
 
@@ -42,6 +42,24 @@ class Matrices:
             stop = start + count
             cut: list[Any] = [t if t is None else t[start:stop] for t in (getattr(self, f.name) for f in fields(self))]
             yield Matrices(*cut)
+
+
+@dataclass(slots=True)
+class MatrixLists:
+    """The tensors of several parameters, a list of each kind: what the host looks at in every step."""
+
+    params: list[Tensor]
+    grads: list[Tensor]
+    momenta: list[Tensor]
+    second_moments: list[Tensor | None]
+    skipped: list[Tensor]
+    lookahead_scales: list[Tensor | None]
+
+    def entry(self, i: int) -> Matrices:
+        return Matrices(*(getattr(self, f.name)[i] for f in fields(self)))
+
+    def select(self, chosen: list[int]) -> "MatrixLists":
+        return MatrixLists(*([getattr(self, f.name)[i] for i in chosen] for f in fields(self)))
 
 
 def chunks(parts: Iterable[Matrices], count: int) -> Iterator[list[Matrices]]:

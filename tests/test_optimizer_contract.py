@@ -225,6 +225,60 @@ def saved_and_loaded(state_dict: dict) -> dict:
 
 
 @each_optimizer
+def test_bfloat16_momentum_stays_so_across_save_and_load_and_steps_nearly_alike(make):
+    exact, exact_params = build(make)
+    rounded, rounded_params = build(make, momentum_dtype="bfloat16")
+    start = [p.detach().clone() for p in exact_params]
+    for optimizer, params in ((exact, exact_params), (rounded, rounded_params)):
+        run(optimizer, params, range(2))
+    resumed, resumed_params = build(make, momentum_dtype="bfloat16")
+    resumed.load_state_dict(rounded.state_dict())
+    for p, q in zip(resumed_params, rounded_params, strict=True):
+        p.data.copy_(q)
+    for optimizer, params in ((rounded, rounded_params), (resumed, resumed_params), (exact, exact_params)):
+        run(optimizer, params, range(2, 4))
+    for p, q, r, begin in zip(exact_params, rounded_params, resumed_params, start, strict=True):
+        assert torch.equal(q, r)
+        if p.ndim > 1:
+            assert resumed.state[r]["momentum_buffer"].dtype == torch.bfloat16
+            assert exact.state[p]["momentum_buffer"].dtype == torch.float32
+        cosine = torch.nn.functional.cosine_similarity((p - begin).flatten(), (q - begin).flatten(), dim=0)
+        assert cosine > 0.97
+
+
+@each_optimizer
+def test_what_needs_a_gpu_is_refused_without_one(make):
+    for kwargs, message in (
+        ({"kernels": "triton"}, "kernels='triton' was asked for, but the parameters are on cpu"),
+        (
+            {"cuda_graph": True},
+            "cuda_graph=True was asked for, which is for the kernels, but the parameters are on cpu",
+        ),
+    ):
+        optimizer, params = build(make, **kwargs)
+        before = [p.detach().clone() for p in params if p.ndim > 1]
+        set_gradients(params, 0)
+        with pytest.raises(RuntimeError, match=message):
+            optimizer.step()
+        assert all(torch.equal(p, q) for p, q in zip((p for p in params if p.ndim > 1), before, strict=True))
+
+
+@each_optimizer
+def test_steps_are_counted_for_each_parameter(make):
+    optimizer, params = build(make)
+    matrices = [p for p in params if p.ndim > 1]
+    for step in range(4):
+        set_gradients(params, step)
+        if step in (0, 2):
+            matrices[1].grad = None
+        optimizer.step()
+    assert [optimizer.state[p]["step"].item() for p in matrices] == [4, 2, 4, 4, 4, 4]
+    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    run(optimizer, params, range(4, 5))
+    assert [optimizer.state[p]["step"].item() for p in matrices] == [5, 3, 5, 5, 5, 5]
+
+
+@each_optimizer
 def test_resume_is_bitwise(make):
     whole, whole_params = build(make)
     run(whole, whole_params, range(6))
@@ -440,6 +494,10 @@ def test_hyperparameters_of_the_checkpoint_are_taken_with_a_warning(caplog):
         (Muon, {"map_dtype": "int8"}, "map_dtype='int8'"),
         (Muon, {"max_workspace_bytes": 0}, "max_workspace_bytes=0"),
         (Muon, {"adamw_eps": -1e-8}, "adamw_eps=-1e-08"),
+        (AdaMuon, {"kernels": "cuda"}, "kernels='cuda' is not allowed: it must be auto or torch or triton"),
+        (Muon, {"kernels": "triton", "map_dtype": "float32"}, "for map_dtype='auto', not 'float32'"),
+        (Muon, {"kernels": "torch", "cuda_graph": True}, "cuda_graph=True is for the GPU kernels"),
+        (MUD, {"momentum_dtype": "float16"}, "momentum_dtype='float16' is not allowed"),
         (AdaMuon, {"variant": "v3"}, "variant='v3' is not one of v1, v2"),
         (AdaMuon, {"beta2": 0.99}, "beta2=0.99 is for variant='v1'"),
         (AdaMuon, {"variant": "v1", "beta2": 1.0}, "beta2=1.0"),

@@ -1,0 +1,196 @@
+"""Which parameters of a group the kernels take, kept from step to step; and the step as one CUDA graph."""
+
+import logging
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_matrix_optim.kernels.half_maps import Sides
+from hf_matrix_optim.kernels.stack_plan import StackPlan, can_take, matrices_of
+from hf_matrix_optim.kernels.stack_step import KernelRule, step_stack, workspace_bytes
+from hf_matrix_optim.matrix_layout import MatrixLayout, to_matrices
+from hf_matrix_optim.stacks import MatrixLists, present
+
+logger = logging.getLogger("transformers.hf_matrix_optim")
+
+MOST_PLANS = 64
+Scale = Callable[[int, int], float]
+
+
+@dataclass
+class GroupPlan:
+    """The stacks of parameters that are stepped together, the positions of those left over, and their graph."""
+
+    options: Any
+    places: list[Any]
+    stacks: list[StackPlan]
+    rest: list[int]
+    scalars: Tensor
+    values: list[float] = field(default_factory=lambda: [0.0, 0.0])
+    graph: torch.cuda.CUDAGraph | None = None
+    graph_rule: KernelRule | None = None
+    steps_of_rule: int = 0
+
+
+class FastPath:
+    """The kernels' side of one optimizer."""
+
+    def __init__(self) -> None:
+        self.plans: dict[int, GroupPlan] = {}
+
+    def step(
+        self,
+        lists: MatrixLists,
+        layout: MatrixLayout,
+        rule: KernelRule,
+        scale: Scale,
+        *,
+        lr: float | Tensor,
+        correction: float,
+        max_workspace_bytes: int,
+        cuda_graph: bool,
+        take_all: bool,
+    ) -> list[int]:
+        """Step the parameters that the kernels can take and return the positions of the others.
+
+        Args:
+            lists: parameters of one group and device.
+            layout: how they are read as matrices.
+            rule: the optimizer's.
+            scale: factor from direction to update by (fan_out, fan_in).
+            lr: learning rate; a tensor on the device is read there.
+            correction: 1 / sqrt(1 - beta2^t), or 1.
+            max_workspace_bytes: bound of the temporary tensors of a stack.
+            cuda_graph: replay the launches of all stacks as one graph from the third step on.
+            take_all: refuse to leave any.
+
+        Raises:
+            RuntimeError: if ``take_all`` and there are others; nothing is stepped then.
+        """
+        plan = self._plan(lists, layout, rule, scale, max_workspace_bytes)
+        if plan.rest and take_all:
+            shape = tuple(lists.params[plan.rest[0]].shape)
+            raise RuntimeError(
+                f"kernels='triton' was asked for, but a parameter of shape {shape} is too small or not laid out for "
+                "them; or use kernels='auto'"
+            )
+        if plan.stacks:
+            with torch.cuda.device(plan.scalars.device):
+                _fill(plan, lr, correction)
+                grad_starts = [grad.data_ptr() for grad in lists.grads]
+                for stack in plan.stacks:
+                    stack.point_to(grad_starts)
+                if cuda_graph:
+                    self._replay(plan, rule)
+                else:
+                    _launch(plan, rule)
+        return plan.rest
+
+    def _replay(self, plan: GroupPlan, rule: KernelRule) -> None:
+        if plan.graph_rule != rule:
+            plan.graph, plan.graph_rule, plan.steps_of_rule = None, rule, 0
+        plan.steps_of_rule += 1
+        if plan.steps_of_rule <= 2:  # kernels are compiled, and libraries set up, outside of a capture
+            _launch(plan, rule)
+            return
+        if plan.graph is None:
+            # Graphs are replayed one after the other, so they share their workspace; a pool dies with its last graph.
+            pool = next((other.graph.pool() for other in self.plans.values() if other.graph is not None), None)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+                _launch(plan, rule)
+            plan.graph = graph
+        plan.graph.replay()
+
+    def _plan(
+        self, lists: MatrixLists, layout: MatrixLayout, rule: KernelRule, scale: Scale, max_workspace_bytes: int
+    ) -> GroupPlan:
+        """Stacks for the kernels, and the parameters they cannot take; kept while the tensors stay where they are."""
+        options = (layout, scale(1, 1), scale(1, 4), max_workspace_bytes, rule.passes > 0)
+        places = _places(lists)
+        first = id(lists.params[0])
+        known = self.plans.get(first)
+        if known is None or known.options != options or known.places != places:
+            if len(self.plans) >= MOST_PLANS:  # parameters that are gathered anew in every step never come back
+                self.plans.clear()
+            stacks, rest = _new_plan(lists, layout, rule, scale, max_workspace_bytes)
+            scalars = torch.zeros(2, dtype=torch.float32, device=lists.params[0].device)
+            known = self.plans[first] = GroupPlan(options, places, stacks, rest, scalars)
+            matrices = sum(len(stack.owners) for stack in stacks)
+            logger.info(
+                f"{matrices} matrices of {len(lists.params) - len(rest)} parameters are stepped by Triton kernels in "
+                f"{len(stacks)} stacks, {len(rest)} parameters by the plain path"
+            )
+        return known
+
+
+def _places(lists: MatrixLists) -> list[Any]:
+    """All that a plan rests on. Lists that C code makes and compares: the first launch of each step waits for them."""
+    return [
+        [p.data_ptr() for p in lists.params],
+        [m.data_ptr() for m in lists.momenta],
+        [v.data_ptr() for v in lists.second_moments if v is not None],
+        [s.data_ptr() for s in lists.skipped],
+        [g.stride() for g in lists.grads],
+        [g.dtype for g in lists.grads],
+        [g.data_ptr() & 15 for g in lists.grads],
+    ]
+
+
+def _fill(plan: GroupPlan, lr: float | Tensor, correction: float) -> None:
+    """Bring the learning rate and the bias correction to the device, where they have changed."""
+    if isinstance(lr, Tensor) and lr.device.type != "cpu":
+        plan.scalars[0:1].copy_(lr.view(1))
+        plan.values[0] = float("nan")
+    elif plan.values[0] != float(lr):
+        plan.values[0] = float(lr)
+        plan.scalars[0:1].fill_(plan.values[0])
+    if plan.values[1] != correction:
+        plan.values[1] = correction
+        plan.scalars[1:2].fill_(correction)
+
+
+def _launch(plan: GroupPlan, rule: KernelRule) -> None:
+    for stack in plan.stacks:
+        step_stack(stack, rule, plan.scalars)
+
+
+def _new_plan(
+    lists: MatrixLists, layout: MatrixLayout, rule: KernelRule, scale: Scale, max_workspace_bytes: int
+) -> tuple[list[StackPlan], list[int]]:
+    rest: list[int] = []
+    by_shape: dict[Any, list[tuple[int, int, tuple[Tensor | None, ...]]]] = defaultdict(list)
+    for owner, param in enumerate(lists.params):
+        parts = list(lists.entry(owner).parts(layout))
+        if not all(can_take(part.param, part.grad, part.momentum, part.second_moment) for part in parts):
+            rest.append(owner)
+            continue
+        for part in parts:
+            shape = (*part.param.shape[-2:], part.param.stride(-2), part.param.dtype, part.momentum.dtype)
+            fans = to_matrices(part.param, layout).shape[-2:]
+            params = matrices_of(part.param)
+            second = [None] * len(params) if part.second_moment is None else matrices_of(part.second_moment)
+            tensors = zip(
+                params,
+                matrices_of(part.momentum),
+                second,
+                present(part.lookahead_scale).unbind(),
+                part.skipped.unbind(),
+                strict=True,
+            )
+            by_shape[shape, fans] += [(owner, param.data_ptr(), each) for each in tensors]
+    stacks = []
+    for ((rows, columns, stride, dtype, momentum_dtype), fans), matrices in by_shape.items():
+        sides = Sides(rows, columns, rows > columns or (rows == columns and layout.output_axis == 1))
+        most = max(1, max_workspace_bytes // workspace_bytes(sides, rule))
+        slices = -(-len(matrices) // most)
+        for number in range(slices):  # of equal size, to one
+            stack = StackPlan(sides, stride, scale(*fans), dtype, momentum_dtype, lists.params[0].device)
+            for matrix in matrices[len(matrices) * number // slices : len(matrices) * (number + 1) // slices]:
+                stack.add(*matrix)
+            stacks.append(stack)
+    return stacks, rest
