@@ -1,35 +1,54 @@
-"""Time and memory of ``optimizer.step()`` for the optimizers of this package, torch's and others that are installed.
+"""Time, memory and share of the floor of ``optimizer.step()``: this package, torch and others that are installed.
 
     python benchmarks/optimizer_step.py                                  # the demo's model on this machine
     python benchmarks/optimizer_step.py --model gpt2-large --device cuda
-    python benchmarks/optimizer_step.py --model path/to/config.json --optimizers adamw,muon,mud --json steps.json
+    python benchmarks/optimizer_step.py --model path/to/config.json --optimizers adamw,muon,mud_graph --json steps.json
 
 Every optimizer steps the same parameters with the same gradients (rank 32 plus noise, as gradients of large batches
 are), in turns, so that what disturbs the machine disturbs all of them. The table gives medians, the spread between the
-quartiles, and the ratio to torch's fused AdamW of the same run.
+quartiles, and ratios to torch's fused AdamW and torch.optim.Muon of the same run.
+
+"host ms" is how long ``step()`` takes to return on a GPU, which works on behind it: where it is close to the median,
+the host is the limit. GB/s and TFLOP/s are the bytes and operations that the rule needs (``step_floor.py``), not those
+that a program spends, over the median; the floor is those bytes at the speed of a large copy plus those operations at
+the speed of a large product, both measured on the device at the start of the run. Where everything fits into a CPU's
+cache, a step can be faster than that.
+
+The file of ``--json`` holds ``milliseconds`` and, on a GPU, ``host_milliseconds`` (a list an optimizer, every timed
+step) and ``workspace_bytes`` (peak of the memory that an optimizer takes beside its state); ``counts``
+(``bytes``, ``flops`` and ``floor_milliseconds`` of a step), ``peaks``, ``absent`` and ``failed`` (optimizers that were
+not run, and why), and what was run where.
 """
 
 import argparse
-import gc
 import json
-import platform
 import statistics
 import sys
-import time
 from collections.abc import Callable
-from datetime import date
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
-from torch import Tensor, nn
+from contenders import OPTIMIZERS, Contender, Groups, all_of, fresh, matrices_of
+from device_timing import (
+    check_device,
+    check_output,
+    environment,
+    first_line,
+    graph_pool_bytes,
+    release_memory,
+    synchronize,
+    timed,
+)
+from step_floor import matrix_shapes, measure_peaks, state_bytes_of, step_counts
+from torch import nn
 from transformers import AutoConfig, AutoModel, EsmConfig, GPT2Config, PretrainedConfig, Qwen2Config
 
-from hf_matrix_optim import MUD, AdaMuon, Muon
 from hf_matrix_optim.partition import param_groups_for
 
 GRADIENT_RANK = 32
+DEFAULT_OPTIMIZERS = "adamw,torch_muon,muon,adamuon,mud"
 
 
 def qwen2_5(hidden: int, intermediate: int, layers: int, heads: int, kv_heads: int) -> Qwen2Config:
@@ -75,33 +94,23 @@ MODELS: dict[str, Callable[[], PretrainedConfig]] = {
 }
 
 
-def _torch_muon(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-    return torch.optim.Muon(matrices_of(groups), lr=1e-3, adjust_lr_fn="match_rms_adamw")
+def load_config(name: str) -> PretrainedConfig:
+    """The configuration of a name in ``MODELS``, or of a config.json, a folder or a Hub name.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    if name in MODELS:
+        return MODELS[name]()
+    try:
+        return AutoConfig.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"model {name!r} is not one of {', '.join(MODELS)}, and not a configuration either: {first_line(error)}"
+        ) from None
 
 
-OPTIMIZERS: dict[str, Callable[[list[dict[str, Any]]], torch.optim.Optimizer]] = {
-    "adamw": lambda groups: torch.optim.AdamW(all_of(groups), lr=1e-3, fused=True),
-    "torch_muon": _torch_muon,
-    "muon": lambda groups: Muon(groups, lr=1e-3),
-    "adamuon": lambda groups: AdaMuon(groups, lr=1e-3),
-    "adamuon_v1": lambda groups: AdaMuon(groups, lr=1e-3, variant="v1"),
-    "mud": lambda groups: MUD(groups, lr=1e-3),
-    "mud_2_passes": lambda groups: MUD(groups, lr=1e-3, passes=2),
-}
-LABELS = {"adamw": "torch.optim.AdamW(fused=True)", "torch_muon": "torch.optim.Muon"}
-
-
-def all_of(groups: list[dict[str, Any]]) -> list[Tensor]:
-    return [p for group in groups for p in group["params"]]
-
-
-def matrices_of(groups: list[dict[str, Any]]) -> list[Tensor]:
-    return [p for group in groups if group["role"] == "matrix" for p in group["params"]]
-
-
-def build_groups(
-    config: PretrainedConfig, device: torch.device, dtype: torch.dtype, scope: str
-) -> list[dict[str, Any]]:
+def build_groups(config: PretrainedConfig, device: torch.device, dtype: torch.dtype, scope: str) -> Groups:
     """Param groups of the model with random weights and gradients; for scope "matrices" the matrix groups alone."""
     with torch.device("meta"):
         model = AutoModel.from_config(config)
@@ -122,95 +131,147 @@ def build_groups(
     return groups
 
 
-def fresh(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The groups without what an optimizer has added to them."""
-    kept = ("params", "param_names", "role", "output_axis", "flatten", "split_sizes", "interleaved", "weight_decay")
-    return [{key: group[key] for key in kept if key in group} for group in groups]
+@dataclass
+class Measured:
+    """The timed steps of one optimizer over all rounds."""
+
+    milliseconds: list[float] = field(default_factory=list)
+    host_milliseconds: list[float] = field(default_factory=list)
+    workspace_bytes: int = 0
+    counts: dict[str, float] = field(default_factory=dict)
 
 
-def timed(step: Callable[[], Any], device: torch.device) -> float:
-    """Milliseconds of one call, until the device has finished."""
+def measure_round(contender: Contender, groups: Groups, args: argparse.Namespace, into: Measured) -> None:
+    """Build the optimizer, warm it up, and add its timed steps to ``into``."""
+    device = args.device
+    before = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+    optimizer = contender(fresh(groups))
+    for _ in range(args.warmup):
+        optimizer.step()
+    into.counts = step_counts(contender, optimizer, groups)
+    synchronize(device)
     if device.type == "cuda":
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        step()
-        end.record()
-        torch.cuda.synchronize()
-        return float(start.elapsed_time(end))
-    begin = time.perf_counter()
-    step()
-    return 1e3 * (time.perf_counter() - begin)
+        torch.cuda.reset_peak_memory_stats(device)
+    for _ in range(args.steps):
+        milliseconds, host_milliseconds = timed(optimizer.step, device)
+        into.milliseconds.append(milliseconds)
+        into.host_milliseconds.append(host_milliseconds)
+    if device.type == "cuda":
+        beside_state = torch.cuda.max_memory_allocated(device) - before - state_bytes_of(optimizer, all_of(groups))
+        into.workspace_bytes = beside_state + graph_pool_bytes(device)
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
-    device = torch.device(args.device)
-    config = MODELS[args.model]() if args.model in MODELS else AutoConfig.from_pretrained(args.model)
-    groups = build_groups(config, device, getattr(torch, args.dtype), args.scope)
-    milliseconds: dict[str, list[float]] = {name: [] for name in args.optimizers}
-    workspace: dict[str, int] = {}
+    """Time every optimizer of ``args.optimizers``; returns what ``--json`` writes."""
+    device = args.device
+    peaks = measure_peaks(device)
+    groups = build_groups(args.config, device, getattr(torch, args.dtype), args.scope)
+    measured = {name: Measured() for name in args.optimizers}
+    failed: dict[str, str] = {}
     for _ in range(args.rounds):
         for name in args.optimizers:
-            optimizer = OPTIMIZERS[name](fresh(groups))
-            for _ in range(args.warmup):
-                optimizer.step()
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-                before = torch.cuda.memory_allocated()
-                torch.cuda.reset_peak_memory_stats()
-            milliseconds[name] += [timed(optimizer.step, device) for _ in range(args.steps)]
-            if device.type == "cuda":
-                workspace[name] = torch.cuda.max_memory_allocated() - before
-            del optimizer
-            gc.collect()
+            if name in failed:
+                continue
+            try:
+                measure_round(OPTIMIZERS[name], groups, args, measured[name])
+            except Exception as error:  # one optimizer's failure must not cost the times of the others
+                failed[name] = f"{type(error).__name__}: {first_line(error)}"
+            release_memory(device)
+    done = {name: found for name, found in measured.items() if name not in failed}
     return {
         "model": args.model,
         "scope": args.scope,
         "parameters": sum(p.numel() for p in all_of(groups)),
         "matrix_parameters": len(matrices_of(groups)),
+        "matrices": len(matrix_shapes(groups, split=True)),
         "dtype": args.dtype,
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.machine()} CPU",
-        "threads": torch.get_num_threads(),
-        "versions": {
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "python": platform.python_version(),
+        **environment(device),
+        "peaks": vars(peaks),
+        "milliseconds": {name: found.milliseconds for name, found in done.items()},
+        "host_milliseconds": {n: found.host_milliseconds for n, found in done.items() if device.type == "cuda"},
+        "workspace_bytes": {n: found.workspace_bytes for n, found in done.items() if device.type == "cuda"},
+        "counts": {
+            name: {**found.counts, "floor_milliseconds": peaks.floor_milliseconds(found.counts)}
+            for name, found in done.items()
         },
-        "date": date.today().isoformat(),
-        "milliseconds": milliseconds,
-        "workspace_bytes": workspace,
+        "absent": args.absent,
+        "failed": failed,
     }
 
 
+def rounded(number: float) -> str:
+    """A number of three digits or more where it is large, two decimals where it is small."""
+    return f"{number:.0f}" if number >= 100 else f"{number:.1f}" if number >= 10 else f"{number:.2f}"
+
+
 def table(result: dict[str, Any]) -> str:
-    """Markdown: median, spread and ratios."""
-    times = result["milliseconds"]
+    """Markdown: median, spread, ratios, rates and share of the floor."""
+    times, peaks = result["milliseconds"], result["peaks"]
     medians = {name: statistics.median(values) for name, values in times.items()}
+    steps = f"{len(next(iter(times.values())))} steps each" if times else "nothing was timed"
     lines = [
-        f"{result['model']}: {result['parameters'] / 1e6:.2f} M parameters ({result['scope']}; "
-        f"{result['matrix_parameters']} matrix parameters), {result['dtype']}, {result['device']}, "
-        f"{result['threads']} threads, torch {result['versions']['torch']}, {result['date']}; "
-        f"{len(next(iter(times.values())))} steps each",
+        f"{result['model']}: {result['parameters'] / 1e6:.2f} M parameters ({result['scope']}; {result['matrices']} "
+        f"matrices), {result['dtype']}, {result['device']}, {result['threads']} threads, torch "
+        f"{result['versions']['torch']}, {result['date']}; {steps}",
+        f"Measured peaks: copy {rounded(peaks['copy_bytes_per_second'] / 1e9)} GB/s, {peaks['product']} product "
+        f"{rounded(peaks['product_flops_per_second'] / 1e12)} TFLOP/s",
         "",
-        "| optimizer | median ms | quartiles ms | x AdamW | x torch Muon | workspace MiB |",
-        "|---|---:|---:|---:|---:|---:|",
+        "| optimizer | median ms | quartiles ms | x AdamW | x torch Muon | host ms | GB/s | TFLOP/s | floor ms "
+        "| of floor | workspace MiB |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for name, values in times.items():
         low, _, high = statistics.quantiles(values, n=4)
         ratios = [
             f"{medians[name] / medians[other]:.2f}" if other in medians else "" for other in ("adamw", "torch_muon")
         ]
-        memory = f"{result['workspace_bytes'][name] / 2**20:.0f}" if name in result["workspace_bytes"] else ""
-        lines.append(
-            f"| {LABELS.get(name, name)} | {medians[name]:.2f} | {low:.2f} - {high:.2f} | {ratios[0]} | {ratios[1]} "
-            f"| {memory} |"
-        )
+        counts = result["counts"][name]
+        workspace, host = (result[key].get(name) for key in ("workspace_bytes", "host_milliseconds"))
+        cells = [
+            OPTIMIZERS[name].label or name,
+            f"{medians[name]:.2f}",
+            f"{low:.2f} - {high:.2f}",
+            *ratios,
+            f"{statistics.median(host):.2f}" if host else "",
+            rounded(counts["bytes"] / medians[name] / 1e6),
+            rounded(counts["flops"] / medians[name] / 1e9) if counts["flops"] else "",
+            f"{counts['floor_milliseconds']:.2f}",
+            f"{counts['floor_milliseconds'] / medians[name]:.0%}",
+            "" if workspace is None else f"{workspace / 2**20:.0f}",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    for heading in ("absent", "failed"):
+        if result[heading]:
+            reasons = "; ".join(f"{name}: {reason}" for name, reason in result[heading].items())
+            lines += ["", f"{heading.capitalize()}: {reasons}"]
     return "\n".join(lines)
 
 
-def main() -> None:
+def chosen_optimizers(
+    parser: argparse.ArgumentParser, text: str, device: torch.device
+) -> tuple[list[str], dict[str, str]]:
+    """Names to run, and those left out of "all" with the reason; stops the program at a name that cannot run."""
+    reasons = {name: contender.why_not(device) for name, contender in OPTIMIZERS.items()}
+    if text == "all":
+        return [name for name in OPTIMIZERS if not reasons[name]], {n: why for n, why in reasons.items() if why}
+    names = list(dict.fromkeys(text.split(",")))
+    for name in names:
+        if name not in OPTIMIZERS:
+            parser.error(f"unknown optimizer {name!r}: choose from {', '.join(OPTIMIZERS)}, or all")
+        if reasons[name]:
+            parser.error(f"optimizer {name!r} cannot run: {reasons[name]}")
+    return names, {}
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="demo", help=f"{', '.join(MODELS)}, or a config.json, folder or Hub name")
-    parser.add_argument("--optimizers", default=",".join(OPTIMIZERS), help="names separated by commas")
+    parser.add_argument(
+        "--optimizers",
+        default=DEFAULT_OPTIMIZERS,
+        help=f"names separated by commas ({', '.join(OPTIMIZERS)}), or all: those that can run here. "
+        "Default: %(default)s",
+    )
     parser.add_argument("--scope", choices=("matrices", "all"), default="matrices", help="which parameters to step")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1 ...")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the parameters")
@@ -218,19 +279,26 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=10, help="timed steps, a round")
     parser.add_argument("--rounds", type=int, default=3, help="turns of every optimizer")
     parser.add_argument("--json", type=Path, help="write the raw times (milliseconds) to this file")
-    args = parser.parse_args()
-    args.optimizers = args.optimizers.split(",")
-    unknown = [name for name in args.optimizers if name not in OPTIMIZERS]
-    if unknown:
-        parser.error(f"unknown optimizer {unknown[0]!r}: choose from {', '.join(OPTIMIZERS)}")
+    args = parser.parse_args(argv)
     if min(args.steps, args.rounds) < 1 or args.steps * args.rounds < 2 or args.warmup < 1:
         parser.error("--warmup, --steps and --rounds must be at least 1, and steps times rounds at least 2")
-    if torch.device(args.device).type == "cuda" and not torch.cuda.is_available():
-        parser.error(f"--device {args.device}: this torch sees no GPU; use --device cpu")
+    check_output(parser, args.json)
+    args.device = check_device(parser, args.device)
+    args.optimizers, args.absent = chosen_optimizers(parser, args.optimizers, args.device)
+    try:
+        args.config = load_config(args.model)
+    except ValueError as error:
+        parser.error(f"--model: {error}")
+    return args
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_arguments(argv)
     result = measure(args)
     if args.json:
         args.json.write_text(json.dumps(result, indent=1) + "\n")
     print(table(result))
+    return 1 if result["failed"] else 0
 
 
 if __name__ == "__main__":
