@@ -107,10 +107,8 @@ def check_comparable(benchmark: Benchmark, of: Mapping[str, dict[str, Any]]) -> 
     for label, result in others:
         for key in SAME_KEYS:
             if result["key"][key] != reference["key"][key]:
-                raise EvalError(
-                    f"{benchmark.title}: {key} is {reference['key'][key]!r} for {first} and {result['key'][key]!r} for "
-                    f"{label}; run both with the same settings"
-                )
+                values = f"{reference['key'][key]!r} for {first} and {result['key'][key]!r} for {label}"
+                raise EvalError(f"{benchmark.title}: {key} is {values}; run both with the same settings")
         pairs = list(zip(questions(reference), questions(result), strict=False))
         differing = sum(a != b for a, b in pairs) + abs(reference["documents"] - result["documents"])
         if differing:
@@ -158,8 +156,10 @@ def error_of(result: Mapping[str, Any]) -> float:
 
 
 def near_chance(result: Mapping[str, Any]) -> bool:
-    """Whether a score lies within two standard errors of guessing."""
-    return abs(result["score"] - result["chance"]) <= 2 * (result["standard_error"] or 0.0)
+    """Whether a score lies within two standard errors, its own or that of guessing, of guessing."""
+    chance = result["chance"]
+    guessing = math.sqrt(chance * (1 - chance) / result["documents"])
+    return bool(abs(result["score"] - chance) <= 2 * max(guessing, result["standard_error"] or 0.0))
 
 
 def csv_rows(results: Results, columns: Sequence[Benchmark], reference: str) -> list[Row]:

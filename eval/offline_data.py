@@ -109,11 +109,20 @@ class DataFolder:
             raise EvalError(f"{files[0]}: only .parquet, .jsonl, .json and .csv files are read")
         # One call a split: json files are typed by their contents, and a list that is always empty in one split has
         # another type there. CSV cells stay text: an option "0.50" must not become 0.5, nor "NA" nothing.
-        options: dict[str, Any] = {"dtype": str, "keep_default_na": False} if suffix[1] == "csv" else {}
         try:
+            options = text_columns(files[0]) if suffix[1] == "csv" else {}
             return load_dataset(BUILDERS[suffix[1]], data_files={split: [*map(str, files)]}, split=split, **options)
         except Exception as error:  # `datasets` raises its own, pyarrow's and pandas' errors here
             raise EvalError(f"{files[0]} cannot be read: {str(error).splitlines()[0]}") from error
+
+
+def text_columns(file: Path) -> dict[str, Any]:
+    """Return the options that make ``datasets`` read every cell of a CSV file as text."""
+    import datasets
+    import pandas
+
+    names = pandas.read_csv(file, nrows=0).columns
+    return {"features": datasets.Features(dict.fromkeys(names, datasets.Value("string"))), "keep_default_na": False}
 
 
 def file_digest(file: Path) -> str:

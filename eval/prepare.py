@@ -5,10 +5,9 @@ from typing import Any
 
 from offline_data import DataFolder, Need
 from suite import Benchmark
-from task_loading import hub_problem, needs
+from task_loading import NOT_ON_HUB, hub_problem, needs
 from tqdm import tqdm
 
-CHID = "clue/fewclue_chid"  # a name of ours: FewCLUE is not on the Hub
 CHID_URL = "https://raw.githubusercontent.com/CLUEbenchmark/FewCLUE/62a02c6f/datasets/chid/{}.json"
 CHID_FILES = {"test": "test_public", "train": "train_0"}
 # Tried in turn: the first is a script on the Hub, which `datasets` no longer runs.
@@ -48,7 +47,7 @@ def download(need: Need, split: str) -> Any:
     """Return one split from the network."""
     import datasets
 
-    if need.dataset == CHID:
+    if need.dataset == NOT_ON_HUB:
         url = CHID_URL.format(CHID_FILES[split])
         return datasets.load_dataset("json", data_files={split: url}, split=split)
     *others, last = (need.dataset, *OTHER_NAMES.get(need.dataset, ()))

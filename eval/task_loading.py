@@ -14,6 +14,7 @@ from offline_data import DataFolder, Need, file_digest
 from suite import Benchmark
 
 OWN_TASKS = Path(__file__).parent / "tasks"
+NOT_ON_HUB = "clue/fewclue_chid"  # our name for FewCLUE's CHID
 HUB_PROBLEMS = {
     "GatedRepoError": "is gated: accept its conditions on its page on the Hub and set HF_TOKEN",
     "DatasetNotFoundError": "is not on the Hub, or is gated: accept its conditions there and set HF_TOKEN",
@@ -116,8 +117,12 @@ def missing_data(benchmarks: list[Benchmark], data: DataFolder | None) -> list[s
 
     if constants.HF_HUB_OFFLINE:
         return []
-    lines = []
-    for dataset in dict.fromkeys(need.dataset for need in wanted):
+    lines = [
+        f"{NOT_ON_HUB} is not on the Hub: give --data-dir, with a folder that `prepare` has filled"
+        for need in wanted
+        if need.dataset == NOT_ON_HUB
+    ]
+    for dataset in dict.fromkeys(need.dataset for need in wanted if need.dataset != NOT_ON_HUB):
         try:
             HfApi().auth_check(dataset, repo_type="dataset")
         except Exception as error:  # httpx' and huggingface_hub's errors; each becomes its line
@@ -145,19 +150,17 @@ def load_benchmark(benchmark: Benchmark, data: DataFolder | None) -> dict[str, A
     Raises:
         EvalError: in one line, if the data is absent, gated or does not have the columns that the task reads.
     """
-    import datasets
-
     with quiet(), nullcontext() if data is None else data.answering(needs(benchmark)):
         try:
             loaded: dict[str, Any] = task_manager(benchmark).load([benchmark.task])
         except EvalError:
             raise
-        except (KeyError, ValueError, AttributeError, TypeError) as error:
-            if isinstance(error, datasets.exceptions.DatasetNotFoundError | FileNotFoundError):
-                raise EvalError(f"{benchmark.title}: its data set {hub_problem(error)}") from error
+        except Exception as error:  # what a task's templates and functions raise; huggingface_hub's and httpx' own
             text = f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
-            raise EvalError(f"{benchmark.title}: its data does not have the form its task reads ({text})") from error
-        except Exception as error:  # huggingface_hub's, httpx', pyarrow's and jinja2's errors
+            if data is not None:
+                raise EvalError(
+                    f"{benchmark.title}: its data has not the form that its task reads ({text})"
+                ) from error
             raise EvalError(f"{benchmark.title}: its data set {hub_problem(error)}") from error
     return loaded
 
