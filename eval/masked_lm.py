@@ -217,7 +217,7 @@ def evaluate_checkpoint(
         **computed,
         "proteins": len(encoded),
         "proteins_cut": cut,
-        "unknown_residues": unknown,
+        "unknown_tokens": unknown,
         "max_length": longest,
         "model_dtype": str(model.dtype).removeprefix("torch."),
     }
