@@ -103,7 +103,12 @@ def base_of(folder: Path) -> Path | None:
     """Return the folder of the model that an adapter was trained on, or None if the folder holds no adapter."""
     if not (folder / ADAPTER).is_file():
         return None
-    base = json.loads((folder / ADAPTER).read_text(encoding="utf-8")).get("base_model_name_or_path")
+    try:
+        base = str(json.loads((folder / ADAPTER).read_text(encoding="utf-8"))["base_model_name_or_path"] or "")
+    except ValueError as error:
+        raise EvalError(f"{folder / ADAPTER} is not JSON: {error}") from error
+    except (KeyError, TypeError):
+        base = ""
     if not base:
         raise EvalError(f"{folder / ADAPTER}: base_model_name_or_path is empty; write the base model's folder there")
     if Path(base).is_dir():

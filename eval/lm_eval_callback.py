@@ -72,7 +72,7 @@ class LMEvalCallback(TrainerCallback):  # type: ignore[misc]
         for benchmark in self.benchmarks:
             if benchmark.runs_code and not allow_code:
                 raise EvalError(f"{benchmark.title} runs programs that the model writes: give allow_code=True")
-        self.options = {"shots": shots, "limit": limit, "allow_code": allow_code}
+        self.shots, self.limit, self.allow_code = shots, limit, allow_code
         self.batch_size = batch_size or trainer.args.per_device_eval_batch_size
         self.max_length = max_length
         data = DataFolder(Path(data_dir)) if data_dir is not None else None
@@ -101,7 +101,14 @@ class LMEvalCallback(TrainerCallback):  # type: ignore[misc]
         lm = LoadedLM(model, self.tokenizer, batch_size=self.batch_size, max_length=self.max_length)
         metrics = {}
         for benchmark in self.benchmarks:
-            scores = score(lm, benchmark, self.loaded[benchmark.name], **self.options)
+            scores = score(
+                lm,
+                benchmark,
+                self.loaded[benchmark.name],
+                shots=self.shots,
+                limit=self.limit,
+                allow_code=self.allow_code,
+            )
             name = f"eval_{benchmark.name}_{benchmark.metric.split(',')[0]}"
             metrics[name] = scores.score
             metrics[f"{name}_stderr"] = scores.standard_error

@@ -18,9 +18,9 @@ from checkpoints import Checkpoint, find_checkpoints, load_tokenizer
 from eval_error import EvalError
 from jobs import device_name, versions
 from offline_data import file_digest
-from paired_tests import mean
 from result_files import check_writable, is_done, read_result, result_path, write_result
 from run import DTYPES, chosen_devices, positive
+from scoring_statistics import mean
 
 
 def read_fasta(path: Path) -> list[tuple[str, str]]:

@@ -10,8 +10,8 @@ from tqdm import tqdm
 
 CHID_URL = "https://raw.githubusercontent.com/CLUEbenchmark/FewCLUE/62a02c6f/datasets/chid/{}.json"
 CHID_FILES = {"test": "test_public", "train": "train_0"}
-# Tried in turn: the first is a script on the Hub, which `datasets` no longer runs.
-OTHER_NAMES = {"haonan-li/cmmlu": ("lmlmcat/cmmlu",)}
+# Tried second: the first may be a script on the Hub, which `datasets` no longer runs.
+OTHER_NAME = {"haonan-li/cmmlu": "lmlmcat/cmmlu"}
 
 
 def fill(folder: Path, benchmarks: list[Benchmark]) -> list[str]:
@@ -50,10 +50,9 @@ def download(need: Need, split: str) -> Any:
     if need.dataset == NOT_ON_HUB:
         url = CHID_URL.format(CHID_FILES[split])
         return datasets.load_dataset("json", data_files={split: url}, split=split)
-    *others, last = (need.dataset, *OTHER_NAMES.get(need.dataset, ()))
-    for name in others:
-        try:
-            return datasets.load_dataset(name, need.config, split=split)
-        except (RuntimeError, ValueError, FileNotFoundError):  # a script, or no such data set
-            continue
-    return datasets.load_dataset(last, need.config, split=split)
+    try:
+        return datasets.load_dataset(need.dataset, need.config, split=split)
+    except (RuntimeError, ValueError, FileNotFoundError):  # a script, or no such data set
+        if need.dataset not in OTHER_NAME:
+            raise
+    return datasets.load_dataset(OTHER_NAME[need.dataset], need.config, split=split)

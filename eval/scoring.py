@@ -277,7 +277,7 @@ def fits(task: Any, lm: LoadedLM, doc: Any, context: Any) -> bool:
     requests = built if isinstance(built, list) else [built]
     if requests[0].request_type == "generate_until":
         prompt, kwargs = requests[0].args
-        return len(lm.tok_encode(prompt)) + kwargs["max_gen_toks"] <= lm.max_length
+        return bool(len(lm.tok_encode(prompt)) + kwargs["max_gen_toks"] <= lm.max_length)
     # The last token is predicted, not read. The longest text first: nearly always the others are shorter in tokens too
     texts = sorted({prompt + answer for prompt, answer in (request.args for request in requests)}, key=len)
     return all(len(lm.tok_encode(text)) <= lm.max_length + 1 for text in reversed(texts))

@@ -6,7 +6,7 @@ from eval_error import EvalError
 from offline_data import DataFolder
 from scoring import SHOTS_SEED
 from suite import BENCHMARKS, Benchmark, select
-from task_loading import load_benchmark, quiet
+from task_loading import leaf_configs, load_benchmark, quiet
 
 
 def show_prompt(name: str, data: DataFolder | None, *, shots: int | None = None, document: int = 0) -> str:
@@ -22,8 +22,9 @@ def show_prompt(name: str, data: DataFolder | None, *, shots: int | None = None,
         EvalError: for an unknown name, or a question that there is not.
     """
     benchmark = benchmark_of(name)
-    tasks = load_benchmark(benchmark, data)["tasks"]
-    task = tasks[name] if name in tasks else next(iter(tasks.values()))
+    leaves = leaf_configs(benchmark)
+    leaf = name if name in leaves else next(iter(leaves))
+    task = load_benchmark(benchmark, data, leaf)["tasks"][leaf]
     count = len(task.eval_docs)
     if document >= count:
         raise EvalError(f"--document {document}: {task.task_name} has {count:,} questions, counted from 0")
@@ -54,9 +55,7 @@ def benchmark_of(name: str) -> Benchmark:
     if name in BENCHMARKS:
         return BENCHMARKS[name]
     for benchmark in BENCHMARKS.values():
-        if name == benchmark.task or name.startswith(f"{benchmark.task.removesuffix('-valid')}"):
-            from task_loading import leaf_configs
-
-            if name == benchmark.task or name in leaf_configs(benchmark):
-                return benchmark
+        own = name.startswith(benchmark.task.removesuffix("-valid"))  # the others' YAML need not be read
+        if name == benchmark.task or (own and name in leaf_configs(benchmark)):
+            return benchmark
     return select([name])[0]

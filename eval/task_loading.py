@@ -141,8 +141,13 @@ def hub_problem(error: BaseException) -> str:
     return f"cannot be had: {type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
 
 
-def load_benchmark(benchmark: Benchmark, data: DataFolder | None) -> dict[str, Any]:
+def load_benchmark(benchmark: Benchmark, data: DataFolder | None, leaf: str | None = None) -> dict[str, Any]:
     """Load a benchmark's tasks with their data.
+
+    Args:
+        benchmark: which.
+        data: the folder to read from; None for the Hub and its cache.
+        leaf: name of the one leaf task to load; None for all.
 
     Returns:
         What ``TaskManager.load`` returns: ``tasks``, ``groups`` and ``group_map`` by name.
@@ -152,7 +157,7 @@ def load_benchmark(benchmark: Benchmark, data: DataFolder | None) -> dict[str, A
     """
     with quiet(), nullcontext() if data is None else data.answering(needs(benchmark)):
         try:
-            loaded: dict[str, Any] = task_manager(benchmark).load([benchmark.task])
+            loaded: dict[str, Any] = task_manager(benchmark).load([leaf or benchmark.task])
         except EvalError:
             raise
         except Exception as error:  # what a task's templates and functions raise; huggingface_hub's and httpx' own

@@ -8,7 +8,9 @@ import csv
 import json
 import re
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import datasets
@@ -19,6 +21,7 @@ from offline_data import Need
 from suite import SUITE
 from task_loading import needs
 
+_KEPT: list[Any] = []
 RIGHT = "richtig"
 EVAL_ROWS = 2
 SHOT_ROWS = {"allenai/ai2_arc": 26, "Rowan/hellaswag": 12, "tau/commonsense_qa": 8}
@@ -112,6 +115,14 @@ def row_count(need: Need, split: str) -> int:
     if split == need.splits[0]:
         return EVAL_ROWS
     return SHOT_ROWS.get(need.dataset, 7)
+
+
+@cache
+def shared_data() -> Path:
+    """Return a folder with the rows of all benchmarks, the same for all tests of a process; not to be changed."""
+    folder = TemporaryDirectory(prefix="eval-data-")
+    _KEPT.append(folder)  # removed when the process ends
+    return write_data(Path(folder.name))
 
 
 def write_data(folder: Path) -> Path:

@@ -6,7 +6,7 @@ import torch
 import transformers
 from checkpoints import find_checkpoints, load_model, load_tokenizer
 from eval_error import EvalError
-from eval_fixtures import save_checkpoint, write_data
+from eval_fixtures import save_checkpoint, shared_data
 from lm_eval_callback import LMEvalCallback
 from offline_data import DataFolder
 from scoring import LoadedLM, score
@@ -18,8 +18,8 @@ STEPS = 5
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return write_data(tmp_path_factory.mktemp("data"))
+def data():
+    return shared_data()
 
 
 @pytest.fixture(scope="module")

@@ -12,6 +12,7 @@ import datasets
 import huggingface_hub
 import jobs
 import peft
+import prepare
 import pytest
 import result_files
 import run
@@ -19,18 +20,19 @@ import tokenizers
 import transformers
 from checkpoints import by_numbers, find_checkpoints, load_model, load_tokenizer
 from eval_error import EvalError
-from eval_fixtures import RIGHT, save_checkpoint, save_tokenizer, write_data
+from eval_fixtures import RIGHT, save_checkpoint, save_tokenizer, shared_data
+from eval_workers import work_or_die
 from offline_data import DataFolder
 from scoring import LoadedLM, score
 from suite import BENCHMARKS, SUITE
-from task_loading import load_benchmark, missing_data
+from task_loading import load_benchmark, missing_data, needs
 
 ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return write_data(tmp_path_factory.mktemp("data"))
+def data():
+    return shared_data()
 
 
 @pytest.fixture
@@ -114,16 +116,16 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch):
 
 
 def test_results_hold_hashes_and_no_question(data, checkpoint, tmp_path):
-    assert run.main(command(data, tmp_path / "out", checkpoint, tasks=("gpqa", "mmlu"))) == 0
+    assert run.main(command(data, tmp_path / "out", checkpoint, tasks=("gpqa", "mmlu_pro"))) == 0
     texts = {path.name: path.read_text() for path in (tmp_path / "out").rglob("*.json")}
     for text in texts.values():
         assert "FRAGE" not in text
         assert RIGHT not in text
-    result = json.loads(texts["mmlu.json"])
-    assert len(result["leaves"]) == 57
-    assert result["documents"] == 114
-    assert result["documents_published"] == 14042
-    assert result["score"] == sum(sum(leaf["score"]) for leaf in result["leaves"].values()) / 114
+    result = json.loads(texts["mmlu_pro.json"])
+    assert len(result["leaves"]) == 14
+    assert result["documents"] == 28
+    assert result["documents_published"] == 12032
+    assert result["score"] == sum(sum(leaf["score"]) for leaf in result["leaves"].values()) / 28
     assert result["fit"]["documents_with_fewer_shots"] > 0
     assert set(result["versions"]) >= {"lm_eval", "torch", "transformers"}
 
@@ -271,27 +273,19 @@ def test_two_workers_give_the_scores_of_one(data, tmp_path):
     assert results[0] == results[1]
 
 
-def die(planned, settings, device, tasks, reports):
-    """A worker that is killed on its first job, on the second of two devices."""
-    if device == "cpu:1":
-        reports.put((os.getpid(), tasks.get(), None))
-        reports.close()
-        reports.join_thread()
-        os._exit(9)
-    jobs.serve(planned, settings, device, tasks, reports)
-
-
 def test_a_worker_that_dies_is_reported_and_the_others_go_on(data, checkpoint, tmp_path):
     settings = jobs.Settings(data_dir=data)
-    benchmarks = [BENCHMARKS[name] for name in ("piqa", "openbookqa", "gsm8k")]
+    benchmarks = list(SUITE)[:4]
     planned, _ = run.plan(
         find_checkpoints([str(checkpoint)]), benchmarks, settings, DataFolder(data), tmp_path / "out"
     )
-    reports = list(jobs.run_jobs(planned, settings, ["cpu:0", "cpu:1"], work=die))
-    assert len(reports) == 3
-    errors = [report.error for report in reports if report.error]
-    assert errors == ["its process ended with exit code 9"]
-    assert len(times(tmp_path / "out")) == 2
+    for devices, ended, undone in ((["lives", "dies"], 1, 0), (["dies", "dies"], 2, 2)):
+        reports = list(jobs.run_jobs(planned, settings, devices, work=work_or_die))
+        assert sorted(str(report.job) for report in reports) == sorted(map(str, planned))
+        errors = [report.error for report in reports if report.error]
+        assert errors.count("its process ended with exit code 9") == ended
+        assert errors.count("not run: no worker process is left") == undone
+        assert len(errors) == ended + undone
 
 
 def test_a_gated_and_an_absent_data_set_are_one_line_each(monkeypatch):
@@ -327,15 +321,17 @@ def test_prepare_fills_a_folder_that_is_then_enough(data, tmp_path, monkeypatch,
         return real("json", data_files={split: [*map(str, files)]}, split=split)
 
     monkeypatch.setattr(datasets, "load_dataset", network)
-    names = ("triviaqa", "chid", "cmmlu", "gsm8k")
+    names = ("triviaqa", "chid", "gsm8k")
     arguments = ["prepare", "--data-dir", str(tmp_path), "--tasks", *names]
     assert run.main(arguments) == 1
     error = capsys.readouterr().err
     assert "error: openai/gsm8k is not on the Hub, or is gated" in error
     assert asked.count(("openai/gsm8k", "main", "test")) == 1
-    there = [BENCHMARKS[name] for name in names[:3]]
+    there = [BENCHMARKS[name] for name in names[:2]]
     assert missing_data(there, DataFolder(tmp_path)) == []
     assert not list(tmp_path.rglob("*.partial"))
+    (law,) = (need for need in needs(BENCHMARKS["cmmlu"]) if need.config == "college_law")
+    assert len(prepare.download(law, "dev")) == 7  # by its other name
     asked.clear()
     assert run.main(arguments) == 1
     assert [path for path, *_ in asked] == ["openai/gsm8k"]  # the rest is there

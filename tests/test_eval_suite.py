@@ -6,7 +6,7 @@ import datasets
 import pytest
 from checkpoints import find_checkpoints, load_model, load_tokenizer
 from eval_error import EvalError
-from eval_fixtures import EVAL_ROWS, PromptReader, Scripted, save_checkpoint, write_data
+from eval_fixtures import EVAL_ROWS, PromptReader, Scripted, save_checkpoint, shared_data
 from offline_data import DataFolder
 from paired_tests import average
 from scoring import LoadedLM, score
@@ -25,8 +25,8 @@ PAPER_SHOTS = (5, 5, 5, 25, 5, 5, 10, 5, 5, 7, 5, 5, 5, 3, 4)
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return DataFolder(write_data(tmp_path_factory.mktemp("data")))
+def data():
+    return DataFolder(shared_data())
 
 
 @pytest.fixture(scope="module")
@@ -229,9 +229,8 @@ def test_show_prints_the_prompt_of_a_whole_run(data, loaded):
     assert reader.prompts[-1] in shown
     assert "== key\n1" in shown
     assert "10 solved examples" in shown
-    assert "cmmlu_law" not in shown
     assert "mmlu_anatomy" in show_prompt("mmlu_anatomy", data, shots=0)
-    assert "ceval-valid_law" in show_prompt("ceval-valid_law", data)
+    assert "== ceval-valid_law, question 0 of 2, 5 solved" in show_prompt("ceval-valid_law", data)
     assert "max_gen_toks" in show_prompt("mbpp", data)
     with pytest.raises(EvalError, match="has 2 questions"):
         show_prompt("piqa", data, document=2)
