@@ -116,7 +116,8 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch):
 
 
 def test_results_hold_hashes_and_no_question(data, checkpoint, tmp_path):
-    assert run.main(command(data, tmp_path / "out", checkpoint, tasks=("gpqa", "mmlu_pro"))) == 0
+    arguments = command(data, tmp_path / "out", checkpoint, tasks=("gpqa", "mmlu_pro"))
+    assert run.main([*arguments, "--max-length", "128"]) == 0
     texts = {path.name: path.read_text() for path in (tmp_path / "out").rglob("*.json")}
     for text in texts.values():
         assert "FRAGE" not in text

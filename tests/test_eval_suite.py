@@ -1,6 +1,7 @@
 """The fifteen benchmarks on invented rows: keys, solved examples, splits, extractors, prompts that fit."""
 
 import re
+import socket
 
 import datasets
 import pytest
@@ -254,6 +255,15 @@ def test_all_that_is_missing_is_named_and_other_data_refused(data, tmp_path):
     assert all("\n" not in line and str(tmp_path) in line for line in lines)
     with data.answering(needs(BENCHMARKS["piqa"])), pytest.raises(EvalError, match="not among the data sets"):
         datasets.load_dataset("openai/gsm8k", "main")
+
+
+def test_a_folder_is_read_without_the_network(data, monkeypatch):
+    asked = []
+    monkeypatch.setattr(socket, "getaddrinfo", lambda host, *args, **kwargs: asked.append(host) or [])
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    load_benchmark(BENCHMARKS["piqa"], data)
+    assert asked == []
+    assert datasets.config.HF_HUB_OFFLINE is False
 
 
 def test_rows_of_another_form_are_one_line(data, tmp_path):
