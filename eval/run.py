@@ -159,7 +159,7 @@ def run(arguments: argparse.Namespace) -> int:
                 tqdm.write(f"error: {failures[-1]}", file=sys.stderr)
             else:
                 tqdm.write(one_line(report.result), file=sys.stderr)
-    from compare import score_table
+    from comparison_tables import score_table
 
     print(score_table(arguments.output, [checkpoint.file_stem for checkpoint in checkpoints], benchmarks))
     if failures:
@@ -251,7 +251,7 @@ def one_line(result: dict[str, Any]) -> str:
 
 def compare(arguments: argparse.Namespace) -> int:
     """Compare results; see ``--help``."""
-    from compare import compare_results
+    from comparison import compare_results
 
     print(compare_results(arguments.results, arguments.baseline, arguments.group, arguments.output))
     return 0
@@ -259,7 +259,7 @@ def compare(arguments: argparse.Namespace) -> int:
 
 def prepare(arguments: argparse.Namespace) -> int:
     """Download data sets; see ``--help``."""
-    from prepare import fill
+    from download_data import fill
     from result_files import check_writable
 
     benchmarks = select(arguments.tasks, arguments.skip)

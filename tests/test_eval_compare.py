@@ -8,7 +8,7 @@ import random
 
 import pytest
 import run
-from compare import compare_results
+from comparison import compare_results
 from eval_error import EvalError
 from paired_tests import average, holm, mcnemar, paired_difference
 from result_files import write_result

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -9,10 +10,10 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import datasets
+import download_data
 import huggingface_hub
 import jobs
 import peft
-import prepare
 import pytest
 import result_files
 import run
@@ -332,7 +333,7 @@ def test_prepare_fills_a_folder_that_is_then_enough(data, tmp_path, monkeypatch,
     assert missing_data(there, DataFolder(tmp_path)) == []
     assert not list(tmp_path.rglob("*.partial"))
     (law,) = (need for need in needs(BENCHMARKS["cmmlu"]) if need.config == "college_law")
-    assert len(prepare.download(law, "dev")) == 7  # by its other name
+    assert len(download_data.download(law, "dev")) == 7  # by its other name
     asked.clear()
     assert run.main(arguments) == 1
     assert [path for path, *_ in asked] == ["openai/gsm8k"]  # the rest is there
@@ -351,3 +352,21 @@ def test_the_script_runs_by_itself(data):
     for words in (["--help"], ["run", "--help"], ["compare", "--help"]):
         result = subprocess.run([sys.executable, str(script), *words], capture_output=True, text=True, timeout=120)
         assert result.returncode == 0, result.stderr
+
+
+def test_its_readme_names_the_suite_and_commands_that_parse():
+    text = (ROOT / "eval/README.md").read_text()
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line[:2] == "| "]
+    rows = [row for row in rows if row[1].strip("`") in BENCHMARKS]
+    assert [row[1].strip("`") for row in rows] == list(BENCHMARKS)
+    for title, name, shots, questions, chance, metric, _ in rows:
+        benchmark = BENCHMARKS[name.strip("`")]
+        assert (title, shots, questions) == (benchmark.title, str(benchmark.shots), f"{benchmark.documents:,}")
+        assert float(chance) == pytest.approx(100 * benchmark.chance, abs=0.05)
+        assert metric.split(",")[0] == benchmark.metric.split(",")[0]
+    commands = [line for line in text.splitlines() if line.startswith("python eval/run.py ")]
+    assert len(commands) >= 6
+    for line in commands:
+        words = shlex.split(line, comments=True)[2:]
+        arguments = run.build_parser().parse_args(words if words[0] in run.COMMANDS else ["run", *words])
+        assert set(getattr(arguments, "tasks", ["all"])) <= {"all", *BENCHMARKS}

@@ -9,7 +9,8 @@ SHOTS = (2, 3, 4)  # task ids of the solved examples, as in the paper of MBPP
 
 def shots(dataset: Any) -> Any:
     """Keep the three solved examples, in the order of their ids."""
-    return dataset.filter(lambda doc: doc["task_id"] in SHOTS).sort("task_id")
+    places = {task_id: place for place, task_id in enumerate(dataset["task_id"])}
+    return dataset.select([places[task_id] for task_id in SHOTS])
 
 
 def run_all(responses: list[list[str]], docs: list[dict[str, Any]]) -> list[float]:
