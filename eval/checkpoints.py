@@ -4,6 +4,7 @@ import glob
 import hashlib
 import json
 import re
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -82,9 +83,13 @@ def find_checkpoints(names: Sequence[str]) -> list[Checkpoint]:
         if Path(name).is_dir():
             paths = [Path(name)]
         elif glob.has_magic(name):
-            paths = [path for path in paths if path.is_dir()]
+            folders = [path for path in paths if path.is_dir()]
+            paths = [path for path in folders if (path / "config.json").is_file() or (path / ADAPTER).is_file()]
             if not paths:
-                raise EvalError(f"--checkpoint {name}: no folder matches")
+                what = f"none of {len(folders)} folders holds a model" if folders else "no folder matches"
+                raise EvalError(f"--checkpoint {name}: {what}")
+            if others := [path.name for path in folders if path not in paths]:
+                print(f"--checkpoint {name}: {', '.join(others)} left out, no model there", file=sys.stderr)
         elif not HUB_NAME.fullmatch(name):
             raise EvalError(f"--checkpoint {name}: no such folder, and no name on the Hub (ORGANISATION/MODEL)")
         for folder in paths or [download(name)]:

@@ -76,6 +76,9 @@ def notes(results: Results, columns: Sequence[Benchmark], common: Sequence[Bench
     }
     if short:
         lines.append(f"Not the published number of questions: {'; '.join(short.values())}.")
+    standard = {benchmark.name: benchmark.shots for benchmark in columns}
+    if other := {r["title"]: r["shots"] for r in every if r["shots"] != standard[r["benchmark"]]}:
+        lines.append(f"Not the suite's number of shots: {', '.join(f'{title} {n}' for title, n in other.items())}.")
     if dropped := sorted({result["title"] for result in every if result["fit"]["shots_dropped"]}):
         lines.append(f"Solved examples were dropped to fit the context: {', '.join(dropped)}.")
     if cut := sorted({result["title"] for result in every if result["fit"]["documents_cut"]}):
@@ -254,7 +257,9 @@ def draw(results: Results, columns: Sequence[Benchmark], path: Path) -> None:
             markersize=4,
             label=label,
         )
-    axes.set_yticks(range(len(columns)), [f"{benchmark.title} ({benchmark.shots} shots)" for benchmark in columns])
+    shots = [next(of[b.name]["shots"] for of in results.values() if b.name in of) for b in columns]
+    names = [f"{benchmark.title} ({count} shots)" for benchmark, count in zip(columns, shots, strict=True)]
+    axes.set_yticks(range(len(columns)), names)
     axes.invert_yaxis()
     axes.set_xlabel("score in percent, ± two standard errors over questions; dotted: chance")
     axes.legend(fontsize="small")

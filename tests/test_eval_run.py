@@ -188,14 +188,18 @@ def test_weights_of_another_model_are_refused(checkpoint):
         load_model(found, tokens=10, dtype="float32", device="cpu")
 
 
-def test_globs_go_by_number_and_a_checkpoint_is_taken_once(tmp_path):
+def test_globs_go_by_number_and_a_checkpoint_is_taken_once(tmp_path, capsys):
     for step in (1000, 900, 20):
         save_checkpoint(tmp_path / f"run/checkpoint-{step}")
     (tmp_path / "run/checkpoint-notes.txt").write_text("")
+    (tmp_path / "run/checkpoint-0").mkdir()
     names = [str(tmp_path / "run/checkpoint-*"), str(tmp_path / "run/checkpoint-20")]
     found = find_checkpoints(names)
     assert [checkpoint.folder.name for checkpoint in found] == ["checkpoint-20", "checkpoint-900", "checkpoint-1000"]
     assert found[0].label == "run/checkpoint-20"
+    assert "checkpoint-0 left out" in capsys.readouterr().err
+    with pytest.raises(EvalError, match="none of 1 folders holds a model"):
+        find_checkpoints([str(tmp_path / "run/checkpoint-0*")])
     assert len({checkpoint.file_stem for checkpoint in found}) == 3
     assert sorted(["a-10/b-9", "a-9/b-10", "a-9/b-9"], key=by_numbers) == ["a-9/b-9", "a-9/b-10", "a-10/b-9"]
 
