@@ -380,6 +380,8 @@ class MatrixOptimizer(Optimizer):
         check_checkpoint(state_dict["param_groups"], self.param_groups)
         saved_ids = [i for group in state_dict["param_groups"] for i in group["params"]]
         super().load_state_dict(state_dict)
+        for name in ("_group_states", "_fast_path"):  # they hold on to the tensors that are replaced
+            self.__dict__.pop(name, None)
         parameters = [(p, group) for group in self.param_groups for p in group["params"]]
         for saved_id, (p, group) in zip(saved_ids, parameters, strict=True):
             for key, value in state_dict["state"].get(saved_id, {}).items():

@@ -1,9 +1,11 @@
 """What must hold for every optimizer of the package: one table, every property of a torch optimizer."""
 
 import copy
+import gc
 import io
 import itertools
 import pickle
+import weakref
 
 import pytest
 import torch
@@ -261,6 +263,16 @@ def test_what_needs_a_gpu_is_refused_without_one(make):
         with pytest.raises(RuntimeError, match=message):
             optimizer.step()
         assert all(torch.equal(p, q) for p, q in zip((p for p in params if p.ndim > 1), before, strict=True))
+
+
+@each_optimizer
+def test_loading_lets_go_of_the_state_before(make):
+    optimizer, params = build(make)
+    run(optimizer, params, range(1))
+    before = weakref.ref(optimizer.state[next(p for p in params if p.ndim > 1)]["momentum_buffer"])
+    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    gc.collect()
+    assert before() is None
 
 
 @each_optimizer

@@ -41,6 +41,7 @@ class FastPath:
 
     def __init__(self) -> None:
         self.plans: dict[int, GroupPlan] = {}
+        self._said: set[str] = set()
 
     def step(
         self,
@@ -121,10 +122,13 @@ class FastPath:
             scalars = torch.zeros(2, dtype=torch.float32, device=lists.params[0].device)
             known = self.plans[first] = GroupPlan(options, places, stacks, rest, scalars)
             matrices = sum(len(stack.owners) for stack in stacks)
-            logger.info(
+            message = (
                 f"{matrices} matrices of {len(lists.params) - len(rest)} parameters are stepped by Triton kernels in "
                 f"{len(stacks)} stacks, {len(rest)} parameters by the plain path"
             )
+            if message not in self._said:  # sharded parameters are gathered, and planned for, in every step
+                self._said.add(message)
+                logger.info(message)
         return known
 
 
