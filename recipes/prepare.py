@@ -31,9 +31,7 @@ def parser() -> argparse.ArgumentParser:
     source.add_argument("--dataset_name", help=f"a data set on the Hub, such as {', '.join(KNOWN_CORPORA)}")
     described.add_argument("--dataset_config", help="its configuration")
     described.add_argument("--dataset_split", help="its split to train on (default: train)")
-    described.add_argument(
-        "--text_column", help="the column with the documents (default: text, sequence for proteins)"
-    )
+    described.add_argument("--text_column", help="the column with the documents (default: text or sequence)")
     described.add_argument("--validation_data", nargs="+", help="files held out, instead of --validation_fraction")
     described.add_argument(
         "--validation_fraction",

@@ -191,7 +191,8 @@ def prepare(
     with ExitStack() as stack:
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(FileLock(folder.with_name(f".{folder.name}.lock")))
+            if output_dir is None:
+                stack.enter_context(FileLock(folder.with_name(f".{folder.name}.lock")))
         except OSError as error:
             raise RecipeError(f"cannot prepare the data in {folder.parent}: {error}") from error
         if output_dir is not None and folder.exists():
