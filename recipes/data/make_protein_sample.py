@@ -2,8 +2,8 @@
 
     python recipes/data/make_protein_sample.py --source PROTEINS_DIR [--output recipes/data/proteins]
 
-PROTEINS_DIR holds ``swissprot2014_id50_train_72k.fasta.gz`` and ``swissprot2014_id50_validation.fasta.gz``, in an order
-that says nothing about the proteins (md5 of the accession). Writes the first sequences of each as
+PROTEINS_DIR holds ``swissprot2014_id50_train_72k.fasta.gz`` and ``swissprot2014_id50_validation.fasta.gz``, in an
+order that says nothing about the proteins (md5 of the accession). Writes the first sequences of each as
 ``train.fasta.gz`` and ``validation.fasta.gz``, and ``NOTICE.md``. The sequences depend on the source alone.
 """
 
@@ -24,8 +24,8 @@ LINE_LENGTH = 60
 NOTICE_HEAD = """# Where these sequences are from
 
 Protein sequences of UniProtKB/Swiss-Prot, release 2014_01, from the UniProt Consortium, <https://www.uniprot.org>.
-UniProt gives them under [CC BY 4.0](https://creativecommons.org/licenses/by/4.0/) today; cite: The UniProt Consortium,
-UniProt: the Universal Protein Knowledgebase, Nucleic Acids Research.
+UniProt gives them under [CC BY 4.0](https://creativecommons.org/licenses/by/4.0/) today (in 2014: CC BY-ND 3.0); cite:
+The UniProt Consortium, UniProt: the Universal Protein Knowledgebase, Nucleic Acids Research.
 
 Changes: of the GO-annotated sequences (as in the Debian 12 package `metastudent-data` 2.0.1-8) the representatives of
 clusters at 50 % identity and 80 % coverage were kept (`mmseqs easy-linclust --min-seq-id 0.5 -c 0.8 --cov-mode 0`), of
