@@ -109,14 +109,14 @@ def find_files(patterns: Sequence[str], kind: Kind) -> tuple[Path, ...]:
         path = Path(pattern).expanduser()
         if path.is_file():
             if suffix_of(path) not in (*SUFFIXES[kind], TOKEN_SUFFIX):
-                raise RecipeError(f"{path} is not a kind of file that {kind} are read from ({kinds})")
+                raise RecipeError(f"{path} is not a kind of file that is read here for {kind} ({kinds})")
             found = [path]
         elif (path / PREPARED_TRAIN).is_file():
             found = [path / PREPARED_TRAIN]
         elif path.is_dir():
             found = sorted(file for file in path.rglob("*") if file.is_file() and suffix_of(file) in SUFFIXES[kind])
             if not found:
-                raise RecipeError(f"the folder {path} holds no file that {kind} are read from ({kinds})")
+                raise RecipeError(f"the folder {path} holds no file that is read here for {kind} ({kinds})")
         else:
             matches = [Path(match) for match in glob.glob(str(path), recursive=True)]
             found = sorted(
@@ -334,7 +334,7 @@ def articles(lines: Iterable[str]) -> Iterator[str]:
     article: list[str] = []
     after_empty_line = True
     for line in lines:
-        if after_empty_line and article and re.fullmatch(r" = [^=].* = \n?", line):
+        if after_empty_line and re.fullmatch(r" = [^=].* = \n?", line) and any(map(str.strip, article)):
             yield "".join(article)
             article = []
         article.append(line if line.endswith("\n") else f"{line}\n")

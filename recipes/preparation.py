@@ -197,11 +197,11 @@ class Preparation:
             RecipeError: naming the remedy.
         """
         if self.max_held_out is None and not sides["train"]["tokens"]:
-            raise RecipeError(f"the training {self.kind} has 0 tokens: give files or a data set that hold {self.kind}")
+            raise RecipeError(f"the training data has 0 tokens: give files or a data set that hold {self.kind}")
         if sides["validation"]["tokens"]:
             return
         if self.validation is not None:
-            raise RecipeError(f"the validation {self.kind} has 0 tokens: give others in --validation_data")
+            raise RecipeError("the validation data has 0 tokens: give others in --validation_data")
         if self.validation_fraction > 0:
             raise RecipeError(
                 f"--validation_fraction {self.validation_fraction} of {sides['train']['documents']:,} documents holds "

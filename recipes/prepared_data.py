@@ -103,8 +103,9 @@ def open_token_files(source: DataSource, tokenizer: PreTrainedTokenizerBase, nam
             hashes.append(meta[path.stem]["sha256"])
             continue
         with path.open("rb") as stream:
-            header = np.frombuffer(stream.read(HEADER_BYTES)[:12], dtype="<i4")
-        offset = HEADER_BYTES if len(header) == 3 and header[0] == HEADER_MAGIC else 0
+            start = stream.read(HEADER_BYTES)
+        header = np.frombuffer(start, dtype="<i4") if len(start) == HEADER_BYTES else np.zeros(3, dtype="<i4")
+        offset = HEADER_BYTES if header[0] == HEADER_MAGIC else 0
         if words > 2**16:
             raise RecipeError(
                 f"{path} holds tokens of 16 bits, the tokenizer has {words:,} words: give the tokenizer that made them"
@@ -229,7 +230,7 @@ def prepare_text(
         return use_token_files(train, validation, tokenizer, validation_fraction)
     if validation is not None and validation.holds_tokens:
         raise RecipeError(
-            f"--validation_data {validation.files[0]} holds tokens: give --train_data in {TOKEN_SUFFIX} too"
+            f"--validation_data {validation.files[0]} holds tokens, --train_data does not: give both alike"
         )
     fraction = 0.0 if validation is not None else validation_fraction
     preparation = Preparation("text", train, validation, tokenizer, fraction, max_tokens)
