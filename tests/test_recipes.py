@@ -52,10 +52,10 @@ def tokenizer() -> Any:
         (["--train_data", "{bad}/binary.txt"], "cannot read"),
         (["--train_data", "{bad}/notes.pdf"], "notes.pdf is not a kind of file that is read here"),
         (["--train_data", "{bad}/rows.csv"], "no column 'text'; give --text_column one of number, words"),
-        (["--train_data", "{bad}/rows.csv", "--text_column", "number"], "not text"),
+        (["--train_data", "{bad}/rows.jsonl", "--text_column", "number"], "not text"),
         (["--train_data", "{text}/validation.txt"], "is in --train_data and in --validation_data"),
         (["--block_size", "1024", "--tokens_per_step", "1024", "--validation_data", "{text}/train.txt",
-          "--train_data", "{text}/validation.txt"], "less than one block: --block_size is 1,024"),
+          "--train_data", "{text}/validation.txt"], "--block_size is 1,024"),
         (["--block_size", "2048"], "this model has 1,024 positions"),
         (["--block_size", "1"], "--block_size is 1; it must be at least 2"),
         (["--tokens_per_step", "100"], "no multiple of 1 devices x a block of 32 tokens"),
@@ -65,8 +65,18 @@ def tokenizer() -> Any:
         (["--optim", "mud", "--optim_args", "pases=2"], "--optim mud:"),
         (["--optim", "muon", "--learning_rate", "-1"], "--optim muon:"),
         (["--optim", "adamuon", "--optim_args", "exclude=.*"], "--optim adamuon: nothing to orthogonalise"),
-        (["--resume_from_checkpoint", "true"], "holds no checkpoint"),
-        (["--resume_from_checkpoint", "{bad}"], "no checkpoint of a run there"),
+        (["--resume_from_checkpoint", "true"], "holds no whole checkpoint"),
+        (["--resume_from_checkpoint", "{bad}"], "no whole checkpoint of a run there"),
+        (["--schedule", "cosin"], "--schedule cosin: it is one of warmup_stable, cosine; did you mean cosine?"),
+        (["--schedule", "cosine", "--lr_scheduler_type", "linear"], "give only one of --schedule, --lr_scheduler"),
+        (["--decay", "0.2"], "--decay belongs to --schedule warmup_stable"),
+        (["--schedule", "warmup_stable", "--floor", "0.1"], "--floor has no effect on --schedule warmup_stable"),
+        (["--schedule", "warmup_stable", "--decay", "2", "--warmup_steps", "2"], "do not fit in 3 steps"),
+        (["--floor", "1"], "--floor is 1.0; it must be in [0, 1)"),
+        (["--stop_after", "0"], "--stop_after is 0; it must be at least 1"),
+        (["--attention", "flash"], "--attention flash"),
+        (["--label_smoothing_factor", "0.1"], "a language model is trained here without"),
+        (["--streaming", "--dataloader_num_workers", "2"], "a stream keeps its place in the main process"),
     ],
 )  # fmt: skip
 def test_bad_input_is_one_error_and_writes_nothing(
@@ -79,6 +89,7 @@ def test_bad_input_is_one_error_and_writes_nothing(
     (bad / "blank.txt").write_text(" \n\n \n")
     (bad / "binary.txt").write_bytes(bytes(range(128, 256)) * 8)
     (bad / "notes.pdf").write_text("words")
+    (bad / "rows.jsonl").write_text('{"number": 1}')
     (bad / "rows.csv").write_text("number,words\n1,one\n2,two\n")
     output = tmp_path / "out"
     more = [flag.format(text=text, bad=bad) for flag in more]
@@ -92,7 +103,7 @@ def test_bad_input_is_one_error_and_writes_nothing(
 def test_a_holdout_of_less_than_a_block_is_refused(text: Path, cache: str, tmp_path: Path, capsys: Any) -> None:
     argv = flags(text, cache, tmp_path / "out", "--validation_fraction", "1e-9")
     assert run(without(argv, "--validation_data")) == 2
-    assert "holds out less than one block of 32 tokens: raise it" in capsys.readouterr().err
+    assert "holds out none: raise it" in capsys.readouterr().err
 
 
 def test_a_data_set_that_cannot_be_loaded_is_refused(text: Path, cache: str, tmp_path: Path, capsys: Any) -> None:
@@ -239,5 +250,5 @@ def test_dry_run_shows_the_plan_and_writes_nothing(text: Path, cache: str, tmp_p
     assert '"optim": "mud"' in shown
     assert "q_proj" in shown
     assert run([*argv, "--num_train_epochs", "2"]) == 0
-    assert "steps a pass over the text" in capsys.readouterr().out
+    assert "steps a pass over the data" in capsys.readouterr().out
     assert not output.exists()
