@@ -34,9 +34,9 @@ def peak_flops(device_name: str) -> float | None:
 def transformer_flops_per_token(model: nn.Module, config: PretrainedConfig, block_size: int) -> float:
     """Count the operations a token costs forward and backward: 6 N + 12 L d T.
 
-    N is the number of weights a token is multiplied with: all but those that are looked up, so the output embedding
-    counts also where it is tied. L d T is layers x width of attention x block size. A causal kernel does half of the
-    second term; it is counted whole, as is usual for MFU.
+    N is the number of weights in matrices that a token is multiplied with: not those that are looked up, so the output
+    embedding counts also where it is tied. L d T is layers x width of attention x block size. A causal kernel does
+    half of the second term; it is counted whole, as is usual for MFU.
 
     Args:
         model: any transformer of transformers with ``get_input_embeddings``; may be on the meta device.
@@ -49,7 +49,7 @@ def transformer_flops_per_token(model: nn.Module, config: PretrainedConfig, bloc
     multiplied = sum(
         parameter.numel()
         for parameter in model.parameters()
-        if parameter.requires_grad and id(parameter) not in looked_up
+        if parameter.requires_grad and parameter.ndim > 1 and id(parameter) not in looked_up
     )
     head = model.get_output_embeddings()
     if head is not None and id(head.weight) in looked_up:

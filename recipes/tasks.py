@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from block_attention import FULL_BLOCK, PADDED_BLOCK, register_block_attention
+from block_attention import FULL_BLOCK, PADDED_BLOCK, refuse_padding, register_block_attention
 from convnet import ConvNetForImageClassification
 from data_sources import DataSource, Kind, data_sources
 from document_tokens import load_tokenizer, tokenizer_fingerprint
@@ -244,6 +244,7 @@ class CausalLanguageModeling(Task):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(
             config, dtype=torch.float32, attn_implementation=attention
         )
+        refuse_padding(model)
         leave_out_logits_while_training(model)
         return model
 
