@@ -27,6 +27,7 @@ from study_metrics import (
 REPORT_FILE, CURVES_FILE, METRICS_FILE = "report.md", "curves.png", "metrics.json"
 NOT_REACHED = "not reached"
 SPEEDUP_POINTS = 60
+UNSTEADY = 0.1  # deviation of the speed over its mean above which times are doubted
 
 
 @dataclass(frozen=True)
@@ -213,10 +214,16 @@ def notes(comparison: Comparison) -> list[str]:
     if (preset := str(comparison.baseline.runs[0].record["identity"].get("preset"))) == "tiny":
         found.append(f"The preset `{preset}` is a smoke test, not evidence.")
     if (seeds := min(len(group.runs) for group in comparison.groups)) < 3:
-        found.append(f"{seeds} seed{'s' if seeds > 1 else ''} of some optimizer: the spread is not known well.")
+        found.append(f"Only {seeds} seed{'s' if seeds > 1 else ''} for some optimizer: the spread is not known well.")
     for measured in comparison.measured:
         for seed, step in measured["diverged"].items():
             found.append(f"{measured['label']}, seed {seed}: diverged, the loss was not finite at step {step:,}.")
+        speed = measured["tokens_per_second"]
+        if speed["deviation"] and speed["deviation"] > UNSTEADY * speed["mean"]:
+            found.append(
+                f"{measured['label']}: tokens a second vary by {speed['deviation'] / speed['mean']:.0%} between "
+                "seeds; something else used the machine, so seconds do not compare."
+            )
         if measured["unfinished"]:
             seeds_left = ", ".join(map(str, measured["unfinished"]))
             found.append(f"{measured['label']}: not finished, seed {seeds_left}.")
@@ -302,7 +309,7 @@ def speedup_curve(group: Group, baseline: Group, *, perplexity: bool) -> Curve:
 
 
 def draw_curves(comparison: Comparison, path: Path) -> None:
-    """Draw loss over tokens, validation over seconds and speed-up over the validation value; bands span the seeds."""
+    """Draw loss over tokens (bands span the seeds), validation over seconds, speed-up over the validation value."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -313,18 +320,19 @@ def draw_curves(comparison: Comparison, path: Path) -> None:
     highest = []
     for group in comparison.groups:
         label = f"{group.label} (lr {group.learning_rate:g})"
-        panels = (
-            [run.training() for run in group.runs],
-            [run.validation("train_seconds", perplexity=comparison.perplexity) for run in group.runs],
-        )
-        for axis, curves in zip(axes, panels, strict=False):
-            x, mean, low, high = mean_curve(curves)
-            (line,) = axis.plot(x, mean, label=label, linewidth=1.6, marker="o" if len(x) < 20 else None, markersize=3)
-            axis.fill_between(x, low, high, color=line.get_color(), alpha=0.2, linewidth=0)
-            highest.append((axis, x, mean))
+        x, mean, low, high = mean_curve([run.training() for run in group.runs])
+        (line,) = axes[0].plot(x, mean, label=label, linewidth=1.6)
+        color = line.get_color()
+        axes[0].fill_between(x, low, high, color=color, alpha=0.2, linewidth=0)
+        highest.append((axes[0], x, mean))
+        for number, run in enumerate(group.runs):  # seconds differ between seeds: no mean over them
+            times = run.validation("train_seconds", perplexity=comparison.perplexity)
+            axes[1].plot(*times, color=color, label=None if number else label, linewidth=1.2, marker="o", markersize=2)
+            highest.append((axes[1], *map(np.asarray, times)))
         curve = speedup_curve(group, comparison.baseline, perplexity=comparison.perplexity)
-        axes[2].plot(*curve, label=label, linewidth=1.6)
-    if entropy := (comparison.baseline.runs[0].record.get("data") or {}).get("unigram_entropy"):
+        axes[2].plot(*curve, color=color, label=label, linewidth=1.6)
+    data = comparison.baseline.runs[0].record.get("data") or {}
+    if entropy := (data.get("train") or {}).get("unigram_entropy"):
         axes[0].axhline(entropy, color="gray", linestyle=":", linewidth=1, label="unigram entropy")
     axes[0].set(
         xlabel=f"training {comparison.unit}", ylabel="loss (nats)", title=f"training, rolling mean of {WINDOW}"

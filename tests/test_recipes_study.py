@@ -25,6 +25,7 @@ from study_metrics import (
 )
 from study_report import Sweep, sweep_table
 from study_report import compare as compare_runs
+from tiny_recipe import write_text
 
 TOKENS_PER_STEP = 100
 
@@ -54,7 +55,7 @@ def write_run(
         "first_batch_sha256": f"batch {seed}",
         "versions": {"torch": "2"},
         "hardware": {"cpu": "cpu", "torch_threads": 1, "gpus": []},
-        "data": {"unigram_entropy": 6.0},
+        "data": {"train": {"unigram_entropy": 6.0}},
     }  # fmt: skip
     if finished:
         record["results"] = {"steps": 10 * len(losses), "mfu": 0.4}
@@ -161,6 +162,17 @@ def test_runs_are_paired_by_seed(tmp_path: Path) -> None:
     # the last target is one that every seed of the baseline reaches
     assert comparison.targets[-1] == pytest.approx(math.exp(5 - 0.1 * 19))
     assert measured["mud"]["time_to"][-1]["speedup"]["count"] == 2
+
+
+def test_unsteady_seconds_are_doubted(tmp_path: Path) -> None:
+    runs = [
+        load_run(write_run(tmp_path / f"{optim}{seed}", optim, line(5, 3), seed=seed, seconds_per_step=seconds))
+        for optim, factor in (("adamw_torch", 1.05), ("mud", 1.5))
+        for seed, seconds in ((0, 1.0), (1, factor))
+    ]
+    page = compare.report(compare_runs(runs))
+    assert "mud: tokens a second vary by 28% between seeds" in page
+    assert "adamw_torch: tokens a second vary" not in page
 
 
 def test_what_else_differs_is_said(tmp_path: Path) -> None:
@@ -436,6 +448,31 @@ def test_a_study_that_cannot_be_made_is_one_error(
     assert study.main([*argv, *(part.format(folder=tmp_path) for part in more)]) in (1, 2)
     assert message in capsys.readouterr().err
     assert [file.name for file in (tmp_path / "mine").iterdir()] == ["notes.txt"]
+
+
+def test_a_study_of_a_real_recipe_measures_everything(tmp_path: Path) -> None:
+    text = write_text(tmp_path)
+    argv = ["--recipe", "gpt2-tiny", "--optim", "adamw_torch,mud", "--output_dir", str(tmp_path / "out")]
+    argv += ["--train_data", str(text / "train.txt"), "--validation_data", str(text / "validation.txt")]
+    argv += ["--block_size", "32", "--tokens_per_step", "128", "--max_steps", "6", "--eval_steps", "2"]
+    argv += ["--logging_steps", "1", "--save_strategy", "no", "--use_cpu", "true", "--disable_tqdm", "true"]
+    assert study.main([*argv, "--cache_dir", str(tmp_path / "cache"), "--report_to", "none"]) == 0
+    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert metrics["target_is_perplexity"]
+    assert metrics["baseline"] == "adamw_torch"
+    assert metrics["differences"] == []
+    for group in metrics["optimizers"]:
+        keys = ("training_loss", "validation_loss", "accuracy", "tokens_per_second", "optimizer_ms_per_step")
+        assert [group[key]["count"] for key in keys] == [1] * 5
+        assert 0 < group["optimizer_share"]["mean"] < 1
+        assert group["unfinished"] == []
+        assert group["diverged"] == {}
+        run = load_run(Path(group["folders"][0]))
+        assert run.curve("train", "tokens").x == tuple(128.0 * step for step in range(1, 7))
+        assert run.curve("eval", "step").x == (2.0, 4.0, 6.0)
+        assert run.final_validation_loss() == pytest.approx(run.record["results"]["eval_loss"])
+        assert run.record["training_arguments"]["run_name"] == f"gpt2-tiny-{run.folder.name}"
+    assert metrics["optimizers"][0]["time_to"][-1]["speedup"]["mean"] == 1
 
 
 @pytest.mark.parametrize("program", [study, compare])
