@@ -199,6 +199,8 @@ def prepare(
         if output_dir is not None and folder.exists():
             raise RecipeError(f"--output_dir {folder} exists: name a new folder")
         if read_meta(folder) is None:
+            if folder.exists():
+                raise RecipeError(f"{folder} has no {META_FILE} of this program: remove it and prepare the data again")
             write_folder(preparation, folder, workers, show_progress)
     meta = read_meta(folder)
     assert meta is not None

@@ -37,7 +37,7 @@ def read_log(folder: Path) -> list[dict[str, Any]]:
     for number, line in enumerate(lines[:-1], start=1):  # what follows the last line end was not written whole
         try:
             record = json.loads(line)
-            record["kind"], record["step"], record["tokens"], record["train_seconds"]
+            record["kind"], record["step"], record["tokens"], record["train_seconds"], record["loss"]
         except (json.JSONDecodeError, TypeError, KeyError) as error:
             raise RecipeError(f"{path}, line {number}, is not a record of a run: {line[:80]!r}") from error
         records.append(record)

@@ -270,6 +270,12 @@ def differences(runs: Sequence[Run]) -> list[str]:
     return found
 
 
+def final_difference(run: Run, baseline: Run) -> float | None:
+    """Return a run's last validation loss less the baseline's; None if one has none."""
+    loss, reference = run.final_validation_loss(), baseline.final_validation_loss()
+    return None if loss is None or reference is None else loss - reference
+
+
 def token_saving(run: Run, baseline: Run) -> tuple[float | None, float | None]:
     """Return the tokens a run needs to the baseline's final smoothed training loss, and the part it saves.
 
@@ -346,6 +352,9 @@ def compare_groups(
                 "diverged": {str(run.seed): run.diverged_at for run in group.runs if run.diverged_at is not None},
                 "training_loss": spread_of([run.final_training_loss() for run in group.runs])._asdict(),
                 "validation_loss": spread_of([run.final_validation_loss() for run in group.runs])._asdict(),
+                "validation_loss_difference": spread_of(
+                    [None if base is None else final_difference(run, base) for run, base in pairs]
+                )._asdict(),
                 "accuracy": spread_of([last(run.curve("eval", "tokens", "accuracy")) for run in group.runs])._asdict(),
                 "tokens_to_baseline_loss": spread_of([needed for needed, _ in savings])._asdict(),
                 "token_saving": spread_of([saving for _, saving in savings])._asdict(),

@@ -130,7 +130,7 @@ def perplexity_cell(measured: Mapping[str, Any]) -> str:
 def losses_table(comparison: Comparison) -> str:
     """Final losses, and tokens to the baseline's (the form of the AdaMuon paper's comparison)."""
     name = comparison.baseline.label
-    header = ["optimizer", "learning rate", "seeds", "training loss", "validation loss"]
+    header = ["optimizer", "learning rate", "seeds", "training loss", "validation loss", f"less {name}'s"]
     header += ["perplexity"] if comparison.perplexity else []
     has_accuracy = any(measured["accuracy"]["count"] for measured in comparison.measured)
     header += ["accuracy"] if has_accuracy else []
@@ -139,6 +139,7 @@ def losses_table(comparison: Comparison) -> str:
     for measured in comparison.measured:
         row = [measured["label"], f"{measured['learning_rate']:g}", str(len(measured["seeds"]))]
         row += [loss_cell(measured, "training_loss"), loss_cell(measured, "validation_loss")]
+        row += [cell(measured["validation_loss_difference"], "+.4f")]
         row += [perplexity_cell(measured)] if comparison.perplexity else []
         row += [cell(measured["accuracy"], ".2f", 100) + " %"] if has_accuracy else []
         row += [cell(measured["tokens_to_baseline_loss"], ",.0f", missing=NOT_REACHED)]
@@ -246,7 +247,8 @@ def report(comparison: Comparison) -> str:
         f"{comparison.unit}; schedule {rate}; seeds {', '.join(map(str, seeds))}. Measured against {name}.",
         "## Losses",
         losses_table(comparison),
-        f"Losses in nats; training losses are rolling means of {WINDOW} logged values. "
+        f"Losses in nats; training losses are rolling means of {WINDOW} logged values; differences are between runs "
+        "with the same seed. "
         f"{comparison.unit.capitalize()} to the last training loss of {name} with the same seed, linear between logs; "
         "saved is (a - b) / a of its own. Mean ± standard deviation over seeds; (2 of 3) counts the runs that have a "
         "value.",

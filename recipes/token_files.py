@@ -50,6 +50,8 @@ class TokenFile:
                 for segment in self.segments
             ]
         start, stop, _ = part.indices(len(self))
+        if start >= stop:
+            return self._maps[0][:0]
         pieces = []
         first = int(np.searchsorted(self._ends, start, side="right"))
         for tokens, end in zip(self._maps[first:], self._ends[first:], strict=True):

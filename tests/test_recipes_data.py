@@ -248,6 +248,10 @@ def test_prepared_folders_are_read_as_they_are(tmp_path: Path, tokenizer: Any, c
     other = train_tokenizer.train_tokenizer([NOVELS / "train" / "the_sign_of_four.txt"], 300)
     with pytest.raises(RecipeError, match="was prepared with another tokenizer"):
         prepared(tmp_path / "made", other)
+    with_folder = next(folder for folder in (tmp_path / "cache").iterdir() if folder.is_dir())
+    (with_folder / "meta.json").write_text("{}")
+    with pytest.raises(RecipeError, match="has no meta.json of this program: remove it"):
+        prepared(tmp_path / "rows.jsonl", tokenizer, 0.2)
     (tmp_path / "made" / "train.bin").write_bytes(b"\0\0")
     with pytest.raises(RecipeError, match=r"train.bin is not as meta.json says .* prepare it again"):
         prepared(tmp_path / "made", tokenizer)
@@ -274,7 +278,14 @@ def test_token_files_of_others_are_read(tmp_path: Path, tokenizer: Any) -> None:
     assert both.train[:].tolist() == joined[:cut]
     assert both.validation[:].tolist() == joined[cut:]
     middle = len(tokens)
-    for start, stop in ((0, 1), (middle - 3, middle + 4), (middle, middle + 1), (cut - 2, cut + 9), (5, 5)):
+    for start, stop in (
+        (0, 1),
+        (middle - 3, middle + 4),
+        (middle, middle + 1),
+        (cut - 2, cut + 9),
+        (5, 5),
+        (cut, cut),
+    ):
         assert both.train[start:stop].tolist() == joined[:cut][start:stop]
 
 

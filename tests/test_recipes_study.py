@@ -155,6 +155,8 @@ def test_runs_are_paired_by_seed(tmp_path: Path) -> None:
     assert saving["mean"] == pytest.approx((21 - 12.5) / 21)
     assert saving["deviation"] == pytest.approx(0, abs=1e-12)
     assert measured["adamw_torch"]["seeds"] == [0, 1, 2]
+    difference = measured["mud"]["validation_loss_difference"]
+    assert (difference["mean"], difference["count"]) == (pytest.approx(-np.mean([0.1, 0.125]) * 19), 2)
     assert measured["mud"]["tokens_per_second"]["mean"] == pytest.approx(50)
     assert measured["mud"]["optimizer_ms_per_step"]["mean"] == pytest.approx(100)
     assert measured["mud"]["optimizer_share"]["mean"] == pytest.approx(0.05)
