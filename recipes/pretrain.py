@@ -49,6 +49,7 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
+from transformers.utils.logging import disable_progress_bar
 
 from hf_matrix_optim.options import split_optim_args
 from hf_matrix_optim.partition import explain
@@ -229,6 +230,8 @@ def pretrain(
     Raises:
         RecipeError: for what cannot be done as asked.
     """
+    if training.disable_tqdm:
+        disable_progress_bar()
     task = TASK_CLASSES[preset.task]()
     folder = Path(training.output_dir)
     is_auto = str(training.resume_from_checkpoint).lower() == AUTO

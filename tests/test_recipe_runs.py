@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from run_log import read_log
 from tiny_recipe import (
@@ -329,3 +330,17 @@ def test_the_tiny_preset_trains_on_its_sample(cache: str, tmp_path: Path, family
     else:
         assert results["eval_accuracy"] > 0.8
         assert "eval_perplexity" not in results
+
+
+@pytest.mark.slow
+def test_prepared_tokens_are_trained_on_without_the_package_datasets(cache: str, tmp_path: Path) -> None:
+    """As on a machine with no more than torch, transformers and accelerate, from nanoGPT's files."""
+    tokens = np.random.default_rng(0).integers(2048, size=5000).astype("<u2")
+    tokens[:4000].tofile(tmp_path / "train.bin")
+    tokens[4000:].tofile(tmp_path / "val.bin")
+    argv = ["--preset", "tiny", "--train_data", str(tmp_path), "--max_steps", "3", "--block_size", "32"]
+    argv += ["--tokens_per_step", "128", "--use_cpu", "true", "--output_dir", str(tmp_path / "out")]
+    script = [sys.executable, str(ROOT / "tests" / "scripts" / "without_datasets.py"), "gpt2", *argv]
+    done = subprocess.run(script, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert record(tmp_path / "out")["results"]["steps"] == 3
