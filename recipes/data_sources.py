@@ -366,25 +366,32 @@ def load_hub_dataset(source: DataSource, *, streaming: bool) -> Any:
     return loaded.select_columns([column])
 
 
-def read_documents(source: DataSource, kind: Kind, *, streaming: bool = False) -> Iterator[Piece]:
+def read_documents(
+    source: DataSource, kind: Kind, *, streaming: bool = False, progress: Any = None
+) -> Iterator[Piece]:
     """Read all documents of a source in its order; empty ones are left out.
 
     Args:
         source: of documents, not of tokens.
         kind: "text" or "proteins".
         streaming: read a data set on the Hub as it comes, without keeping a copy.
+        progress: a tqdm bar to tell which file is read, or how many documents there are.
 
     Raises:
         RecipeError: if a source cannot be read, naming the file and the place.
     """
     if source.dataset_name is None:
-        for path in source.files:
+        for number, path in enumerate(source.files, start=1):
+            if progress is not None:
+                progress.set_postfix_str(f"file {number} of {len(source.files)}")
             yield from (piece for piece in read_file(path, source.column or COLUMNS[kind]) if piece.text)
         return
     loaded = load_hub_dataset(source, streaming=streaming)
     documents = (row for batch in loaded.iter(batch_size=ROWS_AT_ONCE) for row in batch[source.column])
     if KNOWN_CORPORA.get(source.dataset_name, Corpus("")).rows_are_lines:
         documents = articles(documents)
+    elif progress is not None and not streaming:
+        progress.reset(total=len(loaded))
     for number, document in enumerate(documents):
         place = f"{source.dataset_name} {source.dataset_split}, document {number}"
         if text := document_of({source.column: document}, str(source.column), place):

@@ -130,7 +130,7 @@ class Preparation:
     def encoded(self, source: DataSource, fraction: float, workers: int, progress: Any) -> Iterator[EncodedDocument]:
         """Read and encode a source's documents, moving a progress bar by one for each piece."""
         partly = self.max_tokens is not None or self.max_held_out is not None
-        pieces = read_documents(source, self.kind, streaming=partly)
+        pieces = read_documents(source, self.kind, streaming=partly, progress=progress)
         counted = (piece for piece in pieces if progress.update() or True)
         if self.tokenizer is None:
             return encode_proteins(counted, fraction)
@@ -178,14 +178,15 @@ class Preparation:
             if source is None:
                 continue
             unit = " sequences" if self.kind == "proteins" else " pieces"
-            with tqdm(desc=f"Preparing {NAMES[side]} {self.kind}", unit=unit, disable=not show_progress) as progress:
+            description = f"Preparing {NAMES[side]} {self.kind}"
+            with tqdm(desc=description, unit=unit, disable=not show_progress) as progress:
                 for number, document in enumerate(self.encoded(source, fraction, workers, progress)):
                     target = writers["validation" if document.held_out else side]
                     if self.max_held_out is None or document.held_out:
                         target.write(document.tokens)
                     if number % 1000 == 0:
-                        progress.set_postfix_str(f"{writers[side].tokens:,} tokens", refresh=False)
-                    if self.max_tokens is not None and side == "train" and target.tokens >= self.max_tokens:
+                        progress.set_description_str(f"{description}: {writers[side].tokens:,} tokens", refresh=False)
+                    if self.max_tokens is not None and side == "train" and writers[side].tokens >= self.max_tokens:
                         break
                     if self.max_held_out is not None and writers["validation"].documents >= self.max_held_out:
                         break
