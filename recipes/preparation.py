@@ -190,6 +190,7 @@ class Preparation:
                         break
                     if self.max_held_out is not None and writers["validation"].documents >= self.max_held_out:
                         break
+                progress.set_description_str(f"{description}: {writers[side].tokens:,} tokens")
 
     def check(self, sides: Mapping[str, Mapping[str, Any]]) -> None:
         """Refuse an empty side.
