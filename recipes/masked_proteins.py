@@ -75,7 +75,7 @@ def mask_sequence(
     changed = cropped.copy()
     changed[drawn[fate < MASKED]] = MASK
     replaced = drawn[(fate >= MASKED) & (fate < MASKED + REPLACED)]
-    changed[replaced] = rng.choice(STANDARD, len(replaced))
+    changed[replaced] = STANDARD[rng.integers(len(STANDARD), size=len(replaced))]
 
     input_ids = np.full(max_length, PAD, dtype=np.int64)
     input_ids[0] = CLS

@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import data_sources as data_sources_module
 import make_protein_sample
 import numpy as np
 import prepare
@@ -20,7 +21,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import train_tokenizer
-from data_sources import DataSource, articles, data_sources, find_files, is_held_out, read_documents, sections
+from data_sources import Corpus, DataSource, articles, data_sources, find_files, is_held_out, read_documents, sections
 from masked_proteins import ESM_VOCABULARY
 from prepared_data import PreparedData, prepare_held_out, prepare_proteins, prepare_text
 from recipe_error import RecipeError
@@ -186,6 +187,19 @@ def test_a_data_set_that_datasets_loads_has_the_tokens_of_the_file(tmp_path: Pat
     assert 100 <= len(limited.train) < 200
     with pytest.raises(RecipeError, match="no column 'words'; give --text_column one of text"):
         prepare_text(DataSource((), str(folder), column="words"), None, tokenizer, **options)
+
+
+def test_rows_that_are_lines_become_articles(tmp_path: Path, tokenizer: Any, monkeypatch: Any) -> None:
+    folder = tmp_path / "wikitext"
+    folder.mkdir()
+    lines = ["", " = One = \n", "", " First .\n", " = = Part = = \n", " More .\n", "", " = Two = \n", "", " Last .\n"]
+    write_rows(folder / "rows.jsonl", lines)
+    monkeypatch.setitem(data_sources_module.KNOWN_CORPORA, str(folder), Corpus("text", rows_are_lines=True))
+    source, _ = data_sources("text", train_data=None, dataset_name=str(folder))
+    data = prepare_text(source, None, tokenizer, cache_dir=tmp_path / "cache", show_progress=False)
+    articles_of_it = ["\n = One = \n\n First .\n = = Part = = \n More .\n\n", " = Two = \n\n Last .\n"]
+    assert data.meta["train"]["documents"] == 2
+    assert data.train[:].tolist() == stream_of(articles_of_it, tokenizer)
 
 
 @pytest.mark.parametrize(
