@@ -272,6 +272,7 @@ def pretrain(
         print(f"{folder} holds this run, finished: nothing is left to do")
         return earlier
     run["data"] = dict(data.facts)
+    run["unit"] = task.unit
     return train(run, task, preset, arguments, config, tokenizer, data, plan, training, checkpoint)
 
 
