@@ -154,9 +154,9 @@ def results_page(models: Mapping[DemoModel, Sequence[Curves]], wall_seconds: flo
     gpus = "".join(f", {name}" for name in hardware["gpus"])
     return f"""{page}
 All runs of a model start from the same weights and see the same batches (seed {run["identity"]["seed"]}); warm-up and
-cosine are the same, the learning rate is each optimizer's best of `recipes/results/demo_sweep.md`. One seed and tiny
-models: a smoke test, not evidence. Steps to a loss are read off the validation curve, linear between evaluations, along
-a schedule that ends for all at the last step.
+cosine are the same, the learning rate is each optimizer's best of `recipes/results/demo_sweep.md`. One seed and
+tiny models: a smoke test, not evidence. Steps to a loss are read off the validation curve, linear between evaluations,
+along a schedule that ends for all at the last step.
 
 {hardware["cpu"]}, {hardware["torch_threads"]} threads{gpus};
 torch {versions["torch"]}, transformers {versions["transformers"]}; {wall_seconds:.0f} seconds in all.

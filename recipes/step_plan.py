@@ -78,7 +78,8 @@ def apply_schedule(arguments: RecipeArguments, training: TrainingArguments, step
     if arguments.schedule is None:
         return
     decay = round(arguments.decay * steps) if arguments.decay < 1 else int(arguments.decay)
-    if (warmup := training.get_warmup_steps(steps)) + decay > steps:
+    has_horizon = decay > 0 or arguments.schedule == "cosine"
+    if has_horizon and (warmup := training.get_warmup_steps(steps)) + decay > steps:
         raise RecipeError(
             f"a warm-up of {warmup:,} steps and a decay of {decay:,} do not fit in {steps:,} steps: lower "
             "--warmup_steps or --decay, which are fractions of the run below 1"

@@ -224,15 +224,17 @@ class CausalLanguageModeling(Task):
     ) -> PretrainedConfig:
         """Build the configuration; without a ``vocab_size`` it takes the tokenizer's, rounded up to 64.
 
+        Without a tokenizer the preset's own words are left as they are.
+
         Raises:
             RecipeError: if the tokenizer has more words than the model, or a block more positions.
         """
-        assert tokenizer is not None
         values = dict(preset.model)
-        values.setdefault("vocab_size", -(-len(tokenizer) // 64) * 64)
-        values["bos_token_id"] = values["eos_token_id"] = tokenizer.eos_token_id
+        if tokenizer is not None:
+            values.setdefault("vocab_size", -(-len(tokenizer) // 64) * 64)
+            values["bos_token_id"] = values["eos_token_id"] = tokenizer.eos_token_id
         config = preset.config_class(**values)
-        if len(tokenizer) > config.vocab_size:
+        if tokenizer is not None and len(tokenizer) > config.vocab_size:
             raise RecipeError(
                 f"the tokenizer has {len(tokenizer):,} words, the model of this preset {config.vocab_size:,}"
             )

@@ -73,5 +73,5 @@ def test_a_causal_run_takes_the_flash_kernel(tmp_path: Path, compiled: str) -> N
         assert run([*argv, "--bf16", "true", "--max_steps", "3"], "gpt2") == 0
     kernels = {event.key for event in profiler.key_averages()}
     assert any(
-        "flash" in kernel.lower() or "cudnn" in kernel.lower() and "sdpa" in kernel.lower() for kernel in kernels
+        "flash" in kernel.lower() or ("cudnn" in kernel.lower() and "sdpa" in kernel.lower()) for kernel in kernels
     )

@@ -190,7 +190,8 @@ def test_resumed_equals_uninterrupted(text: Path, cache: str, tmp_path: Path, op
     )
     assert run(flags(text, cache, whole, *more)) == 0
     resumed.mkdir()
-    shutil.copy(whole / "run.json", resumed)
+    for name in ("run.json", "log.jsonl"):
+        shutil.copy(whole / name, resumed)
     shutil.copytree(whole / "checkpoint-2", resumed / "checkpoint-2")
     assert run(flags(text, cache, resumed, *more, "--resume_from_checkpoint", "true")) == 0
     assert losses(resumed) == losses(whole)
@@ -252,3 +253,15 @@ def test_dry_run_shows_the_plan_and_writes_nothing(text: Path, cache: str, tmp_p
     assert run([*argv, "--num_train_epochs", "2"]) == 0
     assert "steps a pass over the data" in capsys.readouterr().out
     assert not output.exists()
+
+
+def test_dry_run_of_a_large_preset_needs_no_network(tmp_path: Path, capsys: Any, monkeypatch: Any) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    argv = ["--preset", "small", "--max_steps", "1000", "--tokenizer", str(tmp_path / "nothing"), "--dry_run"]
+    assert run([*argv, "--use_cpu", "true", "--optim", "mud", "--output_dir", str(tmp_path / "out")], "gpt2") == 0
+    shown = capsys.readouterr()
+    assert "123,606,528 parameters; 1,000 steps of 491,520 tokens = 491,520,000 tokens" in shown.out
+    assert "8.55e+08 FLOPs for one of the tokens, 4.2e+17 in all: 0.295 hours of one H100 at 40%" in shown.out
+    assert "nothing cannot be loaded" in shown.err
+    assert run([*argv[:-1], "--output_dir", str(tmp_path / "out")], "gpt2") == 2
+    assert not (tmp_path / "out").exists()

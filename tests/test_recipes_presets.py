@@ -1,15 +1,19 @@
 """The presets of the recipes: published configurations and sizes, the papers' numbers, and what is typed over them."""
 
 import importlib
+import re
+import shlex
+from pathlib import Path
 from typing import Any
 
 import pretrain
 import pytest
 import torch
+from model_flops import peak_flops
 from recipe_arguments import RecipeArguments, parse_arguments
 from step_plan import Plan, apply_schedule, plan_steps
 from tasks import TASK_CLASSES
-from tiny_recipe import FAMILIES, TOKENIZER
+from tiny_recipe import FAMILIES, RECIPES, ROOT, TOKENIZER
 from transformers import GPT2LMHeadModel, PretrainedConfig, Starcoder2ForCausalLM
 from transformers.pytorch_utils import Conv1D
 
@@ -176,3 +180,66 @@ def test_a_schedule_that_is_typed_comes_without_the_presets_floor() -> None:
     _, arguments, training, _ = pretrain.parse_arguments("qwen2_5", PRESETS["qwen2_5"], argv)
     apply_schedule(arguments, training, 100)
     assert (arguments.schedule, training.lr_scheduler_type) == (None, "polynomial")
+
+
+def shown_commands() -> list[str]:
+    pages = [(folder / "README.md").read_text(encoding="utf-8").replace("\\\n", " ") for folder in (RECIPES, ROOT)]
+    lines = {line.split("#")[0].strip() for page in pages for line in page.splitlines()}
+    script = re.compile(rf"(python|torchrun) .*recipes/({'|'.join(FAMILIES)})\.py")
+    return sorted(line for line in lines if script.match(line))
+
+
+@pytest.mark.parametrize("command", shown_commands())
+def test_the_commands_of_the_pages_are_understood(command: str) -> None:
+    words = shlex.split(command)
+    script = next(index for index, word in enumerate(words) if word.startswith("recipes/"))
+    if "--help" in words:
+        return
+    family, argv = Path(words[script]).stem, words[script + 1 :]
+    preset, arguments, training, given = parse_arguments(family, PRESETS[family], argv)
+    assert preset is PRESETS[family][arguments.preset]
+    assert {"preset", "optim"} <= given
+    plan = plan_steps(arguments, training, given, 50_000)
+    apply_schedule(arguments, training, plan.steps)
+    assert plan.steps > 0
+
+
+def test_the_pages_show_every_family() -> None:
+    commands = shown_commands()
+    assert len(commands) > 10
+    assert all(any(f"recipes/{family}.py" in command for command in commands) for family in FAMILIES)
+
+
+def shown_rows() -> dict[tuple[str, str], list[str]]:
+    page = (RECIPES / "README.md").read_text(encoding="utf-8")
+    rows = [line.strip("| ").split(" | ") for line in page.splitlines() if line.startswith("| `") and " M |" in line]
+    return {tuple(row[0].strip("`").split(" ", 1)): row[1:] for row in rows}
+
+
+def hours(value: float) -> str:
+    return f"{value:,.0f}" if value >= 10 else f"{value:.2g}"
+
+
+def test_the_page_shows_every_preset() -> None:
+    assert list(shown_rows()) == ALL
+
+
+@pytest.mark.parametrize(("family", "name"), [pair for pair in ALL if pair[1] != "tiny"])
+def test_the_page_shows_what_a_preset_costs(family: str, name: str) -> None:
+    _, arguments, training, given = parse_arguments(family, PRESETS[family], ["--preset", name])
+    plan = plan_steps(arguments, training, given, 50_000)  # images of CIFAR-10; the others count steps or tokens
+    config = config_of(family, name)
+    tokens = plan.steps * plan.tokens_per_step
+    flops = tokens * TASK_CLASSES[PRESETS[family][name].task]().flops_per_token(config, arguments.block_size)
+    peak = peak_flops("H100")
+    assert peak is not None
+    parameters = sum(parameter.numel() for parameter in meta_model(family, name).parameters())
+    assert shown_rows()[family, name] == [
+        f"{parameters / 1e6:,.1f} M",
+        f"{arguments.block_size:,}",
+        f"{plan.tokens_per_step:,}",
+        f"{plan.steps:,}",
+        f"{tokens:.2e}",
+        f"{flops:.2e}",
+        hours(flops / (0.4 * peak) / 3600),
+    ]
