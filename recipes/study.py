@@ -140,7 +140,7 @@ class Study:
             else:
                 high += 1
                 try_rate(high)
-        found = Sweep(contender.label, dict(sorted(losses.items())))
+        found = Sweep(contender.label, dict(sorted(losses.items())), steps)
         if math.isinf(found.losses[found.best]):
             raise RecipeError(f"{contender.label}: all of the learning rates {', '.join(map(str, losses))} diverged")
         return found

@@ -32,10 +32,17 @@ UNSTEADY = 0.1  # deviation of the speed over its mean above which times are dou
 
 @dataclass(frozen=True)
 class Sweep:
-    """One optimizer's learning rates that were tried, with the loss of each, infinite where a run diverged."""
+    """One optimizer's learning rates that were tried, with the loss of each, infinite where a run diverged.
+
+    Attributes:
+        optimizer: with its options, as in the tables.
+        losses: last loss by learning rate.
+        steps: of each of these runs, where they were shorter than the runs compared.
+    """
 
     optimizer: str
     losses: Mapping[float, float]
+    steps: int | None = None
 
     @property
     def best(self) -> float:
@@ -212,6 +219,9 @@ def notes(comparison: Comparison) -> list[str]:
             "The schedule has a horizon: a run cut short would have decayed earlier, so tokens and seconds to a value "
             "say less than the final losses. A schedule without one (`--schedule warmup_stable --decay 0`) is fair."
         )
+    if any(sweep.steps for sweep in comparison.sweeps):
+        steps = ", ".join(sorted({f"{sweep.steps:,}" for sweep in comparison.sweeps if sweep.steps}))
+        found.append(f"Learning rates are the best of runs of {steps} steps; longer runs may want lower ones.")
     if (preset := str(comparison.baseline.runs[0].record["identity"].get("preset"))) == "tiny":
         found.append(f"The preset `{preset}` is a smoke test, not evidence.")
     if (seeds := min(len(group.runs) for group in comparison.groups)) < 3:

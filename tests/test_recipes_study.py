@@ -403,6 +403,7 @@ def test_a_sweep_of_shorter_runs_has_folders_of_its_own(toy: Path) -> None:
     assert [row[-1] for row in started(toy)] == [50, 50, 50, 100]
     assert (toy / "mud-lr0.001-seed0-50steps").is_dir()
     assert json.loads((toy / "metrics.json").read_text())["baseline"] == "mud"
+    assert "Learning rates are the best of runs of 50 steps" in (toy / "report.md").read_text()
 
 
 def test_learning_rates_that_all_diverge_are_an_error(toy: Path, capsys: Any) -> None:
