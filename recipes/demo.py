@@ -37,6 +37,7 @@ class DemoModel:
         steps: length of a run.
         sample: what it is trained on, for the page.
         learning_rates: of each optimizer, the best of the sweep.
+        adamw_grid, matrix_grid: the rates that the sweep tries.
     """
 
     label: str
@@ -44,6 +45,8 @@ class DemoModel:
     steps: int
     sample: str
     learning_rates: Mapping[str, float]
+    adamw_grid: tuple[float, ...]
+    matrix_grid: tuple[float, ...]
 
 
 OPTIMIZERS = {
@@ -60,13 +63,17 @@ MODELS = (
         320,
         "0.86 MB of novels, validation on novels that are not in training",
         {"adamw_torch_fused": 4e-3, "muon": 8e-3, "adamuon": 8e-3, "adamuon_v1": 8e-3, "mud": 8e-3},
+        (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2),
+        (2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2),
     ),
     DemoModel(
         "ESM-2",
         "esm2",
         150,
         "1 MB of proteins, validation on proteins of other families",
-        {"adamw_torch_fused": 4e-3, "muon": 8e-3, "adamuon": 8e-3, "adamuon_v1": 8e-3, "mud": 8e-3},
+        {"adamw_torch_fused": 1e-3, "muon": 4e-3, "adamuon": 2e-3, "adamuon_v1": 4e-3, "mud": 4e-3},
+        (5e-4, 1e-3, 2e-3),
+        (1e-3, 2e-3, 4e-3, 8e-3),
     ),
 )
 

@@ -18,9 +18,6 @@ from demo import MODELS, OPTIMIZERS, DemoModel, run_one
 from recipe_error import RecipeError
 from run_folder import commit, read_run
 
-ADAMW_GRID = (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2)
-MATRIX_GRID = (2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2)
-
 
 def finished_run(model: DemoModel, folder: Path) -> dict[str, Any] | None:
     """Return a folder's run if it ended with results of the demo's training, else None."""
@@ -91,7 +88,7 @@ def main() -> int:
         for model in MODELS:
             folder = arguments.output_dir / model.recipe
             for optim in arguments.optim.split(",") if model.recipe in recipes else ():
-                grid: tuple[float, ...] = ADAMW_GRID if optim.startswith("adamw") else MATRIX_GRID
+                grid = model.adamw_grid if optim.startswith("adamw") else model.matrix_grid
                 if arguments.learning_rate is not None:
                     grid = tuple(map(float, arguments.learning_rate.split(",")))
                 for rate in grid:

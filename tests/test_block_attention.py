@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 from block_attention import FULL_BLOCK, PADDED_BLOCK, refuse_padding, register_block_attention
+from no_questions import NoQuestions
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM as CausalLM
 from transformers import EsmConfig, EsmForMaskedLM, GPT2Config, PretrainedConfig, Qwen2Config, Starcoder2Config
@@ -93,15 +94,6 @@ def test_padded_blocks_are_as_sdpa_whether_or_not_a_row_is_padded() -> None:
             built(ESM, attention)(tokens, attention_mask=mask).logits for attention in (PADDED_BLOCK, "sdpa")
         )
         torch.testing.assert_close(ours[mask.bool()], stock[mask.bool()], rtol=1e-5, atol=1e-6)
-
-
-class NoQuestions(torch.utils._python_dispatch.TorchDispatchMode):
-    """Fails where the values of a tensor decide what the program does next: on a GPU, a wait for it."""
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if function in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.is_nonzero.default):
-            raise AssertionError("the program asked for a value")
-        return function(*args, **kwargs or {})
 
 
 @pytest.mark.parametrize(

@@ -8,9 +8,14 @@ import time
 from pathlib import Path
 from typing import Any
 
+import gpt2
 import numpy as np
 import pytest
+from no_questions import NoQuestions
+from recipe_arguments import parse_arguments
 from run_log import read_log
+from step_plan import apply_plan, apply_schedule, plan_steps
+from tasks import CausalLanguageModeling, initial_model
 from tiny_recipe import (
     ALICE,
     ENVIRONMENT,
@@ -28,7 +33,8 @@ from tiny_recipe import (
     without,
     write_text,
 )
-from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer, Trainer, TrainerCallback
+from transformers import trainer as trainer_module
 
 # A rule for each family, so that every one of them is resumed, cut and split somewhere.
 OPTIMIZER_OF = {"qwen2_5": "adamuon", "gpt2": "mud", "esm2": "muon", "cifar10": "adamw_torch"}
@@ -344,3 +350,64 @@ def test_prepared_tokens_are_trained_on_without_the_package_datasets(cache: str,
     done = subprocess.run(script, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert record(tmp_path / "out")["results"]["steps"] == 3
+
+
+class Inquirer(TrainerCallback):
+    """Lets the third to the fifth step ask for no tensor's value, but for the optimizer's own count on the CPU."""
+
+    def __init__(self) -> None:
+        self.modes: list[NoQuestions] = []
+
+    def enter(self, state: Any) -> None:
+        if 2 <= state.global_step < 5:
+            self.modes.append(NoQuestions())
+            self.modes[-1].__enter__()
+
+    def leave(self) -> None:
+        if self.modes:
+            self.modes.pop().__exit__(None, None, None)
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.enter(state)
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.leave()
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.enter(state)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.leave()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_steps_between_logs_ask_for_no_value(
+    text: Path, cache: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str
+) -> None:
+    """What a CPU can show of steps that never wait; tests/test_gpu_recipes.py shows the rest."""
+    callbacks = [*trainer_module.DEFAULT_CALLBACKS, Inquirer]
+    monkeypatch.setattr(trainer_module, "DEFAULT_CALLBACKS", callbacks)
+    more = ("--optim", "mud", "--max_steps", "6", "--logging_steps", "6", "--eval_strategy", "no")
+    argv = flags(text, cache, tmp_path / "out", *more, "--save_strategy", "no", family=family)
+    assert run(argv, family) == 0
+    assert len(losses(tmp_path / "out")) == 1
+
+
+def test_stock_trainer_trains_the_same_model_on_the_same_data(text: Path, cache: str, tmp_path: Path) -> None:
+    argv = flags(text, cache, tmp_path / "ours", "--optim", "mud", family="gpt2")
+    assert run(argv, "gpt2") == 0
+    preset, arguments, training, given = parse_arguments("gpt2", gpt2.PRESETS, argv)
+    task = CausalLanguageModeling()
+    tokenizer = task.load_tokenizer(arguments)
+    config = task.build_config(preset, tokenizer, arguments)
+    data = task.prepare(arguments, training, tokenizer, config)
+    plan = plan_steps(arguments, training, given, data.samples_a_pass)
+    apply_schedule(arguments, training, plan.steps)
+    apply_plan(plan, training, has_validation=True, is_stream=False, given=given)
+    training.output_dir = str(tmp_path / "stock")
+    model = initial_model(task, preset, config, training.seed, "sdpa")
+    samples = data.training(training.seed, plan.steps * plan.sequences_per_step)
+    trainer = Trainer(model, training, data_collator=data.collate, train_dataset=samples, eval_dataset=data.validation)
+    trainer.train()
+    curve = [log["loss"] for log in trainer.state.log_history if "loss" in log]
+    assert curve == pytest.approx(losses(tmp_path / "ours"), rel=1e-6)
