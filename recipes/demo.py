@@ -63,8 +63,8 @@ MODELS = (
         320,
         "0.86 MB of novels, validation on novels that are not in training",
         {"adamw_torch_fused": 4e-3, "muon": 8e-3, "adamuon": 8e-3, "adamuon_v1": 8e-3, "mud": 8e-3},
-        (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2),
-        (2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2),
+        (2e-3, 4e-3, 8e-3),
+        (4e-3, 8e-3, 1.6e-2),
     ),
     DemoModel(
         "ESM-2",

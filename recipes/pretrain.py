@@ -232,6 +232,11 @@ def pretrain(
     """
     if training.disable_tqdm:
         disable_progress_bar()
+    if training.n_gpu > 1 and not arguments.dry_run:
+        raise RecipeError(
+            f"one process sees {training.n_gpu} GPUs: start one for each (torchrun --nproc_per_node {training.n_gpu} "
+            "recipes/...), or set CUDA_VISIBLE_DEVICES=0"
+        )
     task = TASK_CLASSES[preset.task]()
     folder = Path(training.output_dir)
     is_auto = str(training.resume_from_checkpoint).lower() == AUTO

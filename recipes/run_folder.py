@@ -147,12 +147,20 @@ def check_output_folder(folder: Path, *, resume: bool, overwrite: bool) -> None:
 
 
 def clear_run(folder: Path) -> None:
-    """Remove an earlier run's files and checkpoints from its folder and leave everything else."""
-    for name in (*RUN_FILES, *WEIGHT_FILES):
-        for file in folder.glob(name):
-            file.unlink()
+    """Remove an earlier run's files and checkpoints from its folder and leave everything else.
+
+    Its ``run.json`` is first replaced by one of no run: a process killed here leaves nothing that looks finished, and
+    no checkpoint that the next run would take for its own.
+    """
+    if not (folder / RUN_FILE).is_file():
+        return
+    write_run(folder, {"identity": {}})
     for checkpoint in checkpoints(folder):
         shutil.rmtree(checkpoint)
+    for name in (*RUN_FILES, *WEIGHT_FILES):
+        for file in folder.glob(name):
+            if file.name != RUN_FILE:
+                file.unlink()
 
 
 def clear_partial_checkpoints(folder: Path) -> None:

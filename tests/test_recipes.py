@@ -15,6 +15,9 @@ import pretrain
 import pytest
 import qwen2_5
 import torch
+from recipe_arguments import parse_arguments
+from recipe_error import RecipeError
+from run_folder import clear_run, is_finished, read_run
 from safetensors.torch import load_file
 from tiny_recipe import ALICE, RECIPES, ROOT, TOKENIZER, contents, flags, losses, run, without, write_text
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -265,3 +268,28 @@ def test_dry_run_of_a_large_preset_needs_no_network(tmp_path: Path, capsys: Any,
     assert "nothing cannot be loaded" in shown.err
     assert run([*argv[:-1], "--output_dir", str(tmp_path / "out")], "gpt2") == 2
     assert not (tmp_path / "out").exists()
+
+
+def test_several_gpus_in_one_process_are_refused(text: Path, cache: str, tmp_path: Path) -> None:
+    argv = flags(text, cache, tmp_path / "out")
+    preset, arguments, training, given = parse_arguments("qwen2_5", qwen2_5.PRESETS, argv)
+    assert training.n_gpu == 0
+    training._n_gpu = 4  # what TrainingArguments counts
+    with pytest.raises(RecipeError, match="one process sees 4 GPUs: start one for each"):
+        pretrain.pretrain("qwen2_5", preset, arguments, training, given)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_is_cleared_without_a_moment_in_which_it_looks_finished(tmp_path: Path) -> None:
+    for name in ("checkpoint-2", "checkpoint-best", "mine"):
+        (tmp_path / name).mkdir()
+    for name in ("run.json", "log.jsonl", "model.safetensors", "notes.txt"):
+        (tmp_path / name).write_text("{}")
+    clear_run(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-best", "mine", "notes.txt", "run.json"]
+    assert read_run(tmp_path) == {"identity": {}}
+    assert not is_finished(tmp_path)
+    (tmp_path / "run.json").unlink()
+    (tmp_path / "log.jsonl").write_text("not of a run")
+    clear_run(tmp_path)
+    assert (tmp_path / "log.jsonl").exists()
