@@ -6,7 +6,8 @@ import gpt2
 import pytest
 import torch
 from recipe_arguments import RecipeArguments
-from tasks import CausalLanguageModeling, initial_model
+from task import initial_model
+from tasks import CausalLanguageModeling
 from tiny_recipe import TOKENIZER
 from torch import Tensor
 

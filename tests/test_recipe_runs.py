@@ -15,7 +15,8 @@ from no_questions import NoQuestions
 from recipe_arguments import parse_arguments
 from run_log import read_log
 from step_plan import apply_plan, apply_schedule, plan_steps
-from tasks import CausalLanguageModeling, initial_model
+from task import initial_model
+from tasks import CausalLanguageModeling
 from tiny_recipe import (
     ALICE,
     ENVIRONMENT,
@@ -238,6 +239,18 @@ def test_a_constant_rate_can_be_trained_longer(text: Path, cache: str, tmp_path:
     assert run([*argv, "--max_steps", "5", "--output_dir", str(tmp_path / "whole")]) == 0
     assert_same_weights(tmp_path / "whole", tmp_path / "out")
     assert losses(tmp_path / "out") == losses(tmp_path / "whole")
+
+
+def test_auto_does_not_replace_a_finished_run_that_cannot_go_on(
+    text: Path, cache: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = flags(text, cache, tmp_path / "out", "--optim", "mud", "--schedule", "warmup_stable")
+    argv += ["--save_strategy", "no", "--resume_from_checkpoint", "auto"]
+    assert run(argv) == 0
+    before = contents(tmp_path / "out")
+    assert run([*argv, "--max_steps", "5"]) == 2
+    assert "holds another run" in capsys.readouterr().err
+    assert contents(tmp_path / "out") == before
 
 
 def test_a_stream_goes_on_where_it_was(text: Path, cache: str, tmp_path: Path) -> None:
