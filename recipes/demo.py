@@ -1,17 +1,17 @@
-"""Pretrain ``tiny`` with each optimizer on the bundled novels and draw the loss curves: ``make demo``.
+"""Train a tiny Qwen2.5 and a tiny ESM-2 with each optimizer on the bundled samples and draw the curves: ``make demo``.
 
     python recipes/demo.py [--output_dir out/demo]
 
-All runs have the same initial weights and the same batches; each has its own learning rate, the best of a sweep
-(``sweep.py``, its table in ``recipes/results/demo_sweep.md``). Writes ``loss.png``, ``results.md`` and a folder for
-each run.
+All runs of a model have the same initial weights and the same batches; each has its own learning rate, the best of a
+sweep (``sweep.py``, its tables in ``recipes/results/demo_sweep.md``). Writes ``loss.png``, ``results.md`` and a folder
+for each run.
 """
 
 import argparse
-import json
+import importlib
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -19,32 +19,62 @@ from typing import Any
 
 import matplotlib
 from pretrain import pretrain
-from qwen2_5 import PRESETS
 from recipe_arguments import parse_arguments
 from recipe_error import RecipeError
+from run_log import read_log
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # after the backend: no display is needed
 
-STEPS = 320
-TRAINING = ["--preset", "tiny", "--max_steps", str(STEPS), "--save_strategy", "no", "--seed", "0"]
 
+@dataclass(frozen=True, eq=False)
+class DemoModel:
+    """A recipe whose preset ``tiny`` the demo trains.
 
-@dataclass(frozen=True)
-class Contender:
-    """An optimizer of the demo with the learning rate the sweep chose for it."""
+    Attributes:
+        label: its name in tables and pictures.
+        recipe: module with the presets.
+        steps: length of a run.
+        sample: what it is trained on, for the page.
+        learning_rates: of each optimizer, the best of the sweep.
+        adamw_grid, matrix_grid: the rates that the sweep tries.
+    """
 
     label: str
-    optim: str
-    learning_rate: float
+    recipe: str
+    steps: int
+    sample: str
+    learning_rates: Mapping[str, float]
+    adamw_grid: tuple[float, ...]
+    matrix_grid: tuple[float, ...]
 
 
-CONTENDERS = (
-    Contender("AdamW", "adamw_torch_fused", 4e-3),
-    Contender("Muon", "muon", 8e-3),
-    Contender("AdaMuon", "adamuon", 8e-3),
-    Contender("AdaMuon v1", "adamuon_v1", 8e-3),
-    Contender("MUD", "mud", 8e-3),
+OPTIMIZERS = {
+    "adamw_torch_fused": "AdamW",
+    "muon": "Muon",
+    "adamuon": "AdaMuon",
+    "adamuon_v1": "AdaMuon v1",
+    "mud": "MUD",
+}
+MODELS = (
+    DemoModel(
+        "Qwen2.5",
+        "qwen2_5",
+        320,
+        "0.86 MB of novels, validation on novels that are not in training",
+        {"adamw_torch_fused": 4e-3, "muon": 8e-3, "adamuon": 8e-3, "adamuon_v1": 8e-3, "mud": 8e-3},
+        (2e-3, 4e-3, 8e-3),
+        (4e-3, 8e-3, 1.6e-2),
+    ),
+    DemoModel(
+        "ESM-2",
+        "esm2",
+        150,
+        "1 MB of proteins, validation on proteins of other families",
+        {"adamw_torch_fused": 1e-3, "muon": 4e-3, "adamuon": 2e-3, "adamuon_v1": 4e-3, "mud": 4e-3},
+        (5e-4, 1e-3, 2e-3),
+        (1e-3, 2e-3, 4e-3, 8e-3),
+    ),
 )
 
 
@@ -52,27 +82,35 @@ CONTENDERS = (
 class Curves:
     """What a run logged: (step, loss) of training and of validation, and the contents of its ``run.json``."""
 
-    contender: Contender
+    optim: str
+    learning_rate: float
     train: list[tuple[int, float]]
     validation: list[tuple[int, float]]
     run: dict[str, Any]
 
+    @property
+    def label(self) -> str:
+        """Name of the optimizer."""
+        return OPTIMIZERS[self.optim]
 
-def run_one(optim: str, learning_rate: float, folder: Path, flags: Sequence[str] = ()) -> dict[str, Any]:
+
+def run_one(
+    model: DemoModel, optim: str, learning_rate: float, folder: Path, flags: Sequence[str] = ()
+) -> dict[str, Any]:
     """Train ``tiny`` once, replacing an earlier run in ``folder``; returns the contents of its ``run.json``."""
-    argv = [*TRAINING, "--optim", optim, "--learning_rate", str(learning_rate), "--output_dir", str(folder), *flags]
-    return pretrain("qwen2_5", *parse_arguments("qwen2_5", PRESETS, [*argv, "--overwrite_output_dir"]))
+    argv = ["--preset", "tiny", "--max_steps", str(model.steps), "--save_strategy", "no", "--seed", "0"]
+    argv += ["--optim", optim, "--learning_rate", str(learning_rate), "--output_dir", str(folder)]
+    presets = importlib.import_module(model.recipe).PRESETS
+    return pretrain(model.recipe, *parse_arguments(model.recipe, presets, [*argv, *flags, "--overwrite_output_dir"]))
 
 
-def read_curves(contender: Contender, folder: Path, run: dict[str, Any]) -> Curves:
-    """Read the loss curves of a finished run from the Trainer's own log."""
-    history = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
-    return Curves(
-        contender,
-        [(log["step"], log["loss"]) for log in history if "loss" in log],
-        [(log["step"], log["eval_loss"]) for log in history if "eval_loss" in log],
-        run,
-    )
+def read_curves(optim: str, learning_rate: float, folder: Path, run: dict[str, Any]) -> Curves:
+    """Read the loss curves of a finished run from its log; points that are not finite are left out."""
+    curves: dict[str, list[tuple[int, float]]] = {"train": [], "eval": []}
+    for record in read_log(folder):
+        if record["loss"] is not None:
+            curves[record["kind"]].append((record["step"], record["loss"]))
+    return Curves(optim, learning_rate, curves["train"], curves["eval"], run)
 
 
 def steps_to_reach(curve: Sequence[tuple[int, float]], loss: float) -> float | None:
@@ -86,72 +124,81 @@ def steps_to_reach(curve: Sequence[tuple[int, float]], loss: float) -> float | N
 
 
 def results_table(runs: Sequence[Curves]) -> str:
-    """Format the results as a Markdown table; the first run is the one the others are measured against."""
+    """Format the results of a model as a Markdown table; the others are measured against its first run."""
     target = runs[0].validation[-1][1]
-    name = runs[0].contender.label
     lines = [
-        f"| optimizer | learning rate | validation loss (nats a token) | perplexity | steps to {name}'s last loss | "
-        "training seconds | tokens a second |",
+        f"| optimizer | learning rate | validation loss (nats a token) | perplexity | steps to {runs[0].label}'s last "
+        "loss | training seconds | tokens a second |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for curves in runs:
         results = curves.run["results"]
         steps = steps_to_reach(curves.validation, target)
         lines.append(
-            f"| {curves.contender.label} | {curves.contender.learning_rate:g} | {results['eval_loss']:.3f} | "
-            f"{results['eval_perplexity']:.1f} | {'not reached' if steps is None else f'{steps:.0f}'} | "
+            f"| {curves.label} | {curves.learning_rate:g} | {results['eval_loss']:.3f} | "
+            f"{results['eval_perplexity']:.2f} | {'not reached' if steps is None else f'{steps:.0f}'} | "
             f"{results['train_seconds']:.0f} | {results['tokens_per_second']:,.0f} |"
         )
     return "\n".join(lines)
 
 
-def results_page(runs: Sequence[Curves], wall_seconds: float) -> str:
-    """Write the page around the table: what was trained, on what, and how to read it."""
-    run = runs[0].run
-    versions, hardware, plan = run["versions"], run["hardware"], run["plan"]
-    return f"""# Demo: one model, {len(runs)} optimizers
+def results_page(models: Mapping[DemoModel, Sequence[Curves]], wall_seconds: float) -> str:
+    """Write the page around the tables: what was trained, on what, and how to read it."""
+    page = f"# Demo: {len(models)} models, {len(OPTIMIZERS)} optimizers\n"
+    for model, runs in models.items():
+        run = runs[0].run
+        plan = run["plan"]
+        page += f"""
+## {model.label}
 
 {results_table(runs)}
 
-Qwen2.5 form, {run["parameters"]:,} parameters, from scratch on 0.86 MB of novels: {plan["steps"]} steps of
-{plan["tokens_per_step"]:,} tokens ({plan["steps"] / plan["steps_per_pass"]:.1f} passes), validation on novels that are
-not in training. All runs start from the same weights and see the same batches (seed {run["identity"]["seed"]});
-warm-up and cosine are the same, the learning rate is each optimizer's best of `recipes/results/demo_sweep.md`. One
-seed and a tiny model: a smoke test, not evidence. Steps to a loss are read off the validation curve, linear between
-evaluations, along a schedule that ends for all at the last step.
+{model.label} form, {run["parameters"]:,} parameters, from scratch on {model.sample}: {plan["steps"]} steps of
+{plan["tokens_per_step"]:,} tokens, {plan["steps"] / plan["steps_per_pass"]:.1f} passes.
+"""
+    run = next(iter(models.values()))[0].run
+    versions, hardware = run["versions"], run["hardware"]
+    gpus = "".join(f", {name}" for name in hardware["gpus"])
+    return f"""{page}
+All runs of a model start from the same weights and see the same batches (seed {run["identity"]["seed"]}); warm-up and
+cosine are the same, the learning rate is each optimizer's best of `recipes/results/demo_sweep.md`. One seed and
+tiny models: a smoke test, not evidence. Steps to a loss are read off the validation curve, linear between evaluations,
+along a schedule that ends for all at the last step.
 
-{hardware["cpu"]}, {hardware["torch_threads"]} threads{", " + ", ".join(hardware["gpus"]) if hardware["gpus"] else ""};
+{hardware["cpu"]}, {hardware["torch_threads"]} threads{gpus};
 torch {versions["torch"]}, transformers {versions["transformers"]}; {wall_seconds:.0f} seconds in all.
 """
 
 
-def draw_curves(runs: Sequence[Curves], path: Path) -> None:
-    """Draw training and validation loss against training tokens, one line for each optimizer."""
-    figure, axes = plt.subplots(1, 2, figsize=(12, 5), sharey=True, layout="constrained")
-    for axis, part in zip(axes, ("train", "validation"), strict=True):
-        for curves in runs:
-            points = getattr(curves, part)
-            tokens_per_step = curves.run["plan"]["tokens_per_step"]
-            contender = curves.contender
-            axis.plot(
-                [step * tokens_per_step / 1000 for step, _ in points],
-                [loss for _, loss in points],
-                label=f"{contender.label} (learning rate {contender.learning_rate:g})",
-                linewidth=1.6,
-                marker="o" if part == "validation" else None,
-                markersize=4,
-            )
-        axis.set_title("training batches" if part == "train" else "validation novels")
-        axis.set_xlabel("training tokens (thousands)")
-        axis.grid(alpha=0.3)
-    at_first = [loss for curves in runs for step, loss in curves.train if step >= curves.run["plan"]["steps"] / 8]
-    lowest = min(loss for curves in runs for _, loss in curves.train + curves.validation)
-    axes[0].set_ylim(lowest - 0.1, max(at_first) + 0.1)
-    axes[0].set_ylabel("loss (nats per token)")
-    axes[1].legend(frameon=False)
-    figure.suptitle(
-        "Qwen2.5 form, tiny, from scratch: same weights and batches, each optimizer at its own learning rate"
+def draw_curves(models: Mapping[DemoModel, Sequence[Curves]], path: Path) -> None:
+    """Draw training and validation loss against training tokens: a row for each model, a line for each optimizer."""
+    figure, rows = plt.subplots(
+        len(models), 2, figsize=(12, 4.5 * len(models)), sharey="row", squeeze=False, layout="constrained"
     )
+    for (model, runs), axes in zip(models.items(), rows, strict=True):
+        for axis, part in zip(axes, ("train", "validation"), strict=True):
+            for curves in runs:
+                points = getattr(curves, part)
+                tokens_per_step = curves.run["plan"]["tokens_per_step"]
+                axis.plot(
+                    [step * tokens_per_step / 1000 for step, _ in points],
+                    [loss for _, loss in points],
+                    label=f"{curves.label} (learning rate {curves.learning_rate:g})",
+                    linewidth=1.6,
+                    marker="o" if part == "validation" else None,
+                    markersize=4,
+                )
+            axis.set_title(f"{model.label}: {'training batches' if part == 'train' else 'validation'}")
+            axis.set_xlabel("training tokens (thousands)")
+            axis.grid(alpha=0.3)
+        first = runs[0].run["plan"]["steps"] / 8
+        at_first = [loss for curves in runs for step, loss in curves.train if step >= first]
+        lowest = min(loss for curves in runs for _, loss in curves.train + curves.validation)
+        margin = 0.05 * (max(at_first) - lowest)
+        axes[0].set_ylim(lowest - margin, max(at_first) + margin)
+        axes[0].set_ylabel("loss (nats per token)")
+        axes[1].legend(frameon=False)
+    figure.suptitle("Tiny models from scratch: same weights and batches, each optimizer at its own learning rate")
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
@@ -161,21 +208,23 @@ def main() -> int:
     parser.add_argument("--output_dir", type=Path, default=Path("out/demo"))
     output_dir = parser.parse_args().output_dir
     start = time.perf_counter()
-    runs = []
+    models: dict[DemoModel, list[Curves]] = {}
+    jobs = [(model, optim) for model in MODELS for optim in OPTIMIZERS]
     try:
-        for number, contender in enumerate(CONTENDERS, start=1):
-            print(f"\n[{number}/{len(CONTENDERS)}] {contender.label}", flush=True)
-            folder = output_dir / contender.optim
-            run = run_one(
-                contender.optim, contender.learning_rate, folder, ["--eval_steps", "40", "--logging_steps", "10"]
-            )
-            runs.append(read_curves(contender, folder, run))
+        for number, (model, optim) in enumerate(jobs, start=1):
+            print(f"\n[{number}/{len(jobs)}] {model.label}, {OPTIMIZERS[optim]}", flush=True)
+            folder, rate = output_dir / model.recipe / optim, model.learning_rates[optim]
+            every = str(model.steps // 8)
+            run = run_one(model, optim, rate, folder, ["--eval_steps", every, "--logging_steps", "10"])
+            models.setdefault(model, []).append(read_curves(optim, rate, folder, run))
     except RecipeError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    draw_curves(runs, output_dir / "loss.png")
-    (output_dir / "results.md").write_text(results_page(runs, time.perf_counter() - start), encoding="utf-8")
-    print(f"\n{results_table(runs)}\n\n{output_dir / 'results.md'}\n{output_dir / 'loss.png'}")
+    draw_curves(models, output_dir / "loss.png")
+    (output_dir / "results.md").write_text(results_page(models, time.perf_counter() - start), encoding="utf-8")
+    for model, runs in models.items():
+        print(f"\n{model.label}\n{results_table(runs)}")
+    print(f"\n{output_dir / 'results.md'}\n{output_dir / 'loss.png'}")
     return 0
 
 

@@ -1,258 +1,68 @@
-"""The one training program: pretrain a causal language model from scratch with the Hugging Face Trainer.
+"""The one training program: train a model from scratch with the Hugging Face Trainer.
 
 A recipe such as ``qwen2_5.py`` holds presets and calls `main`. The output folder gets the model and its tokenizer, the
-Trainer's checkpoints and log (``trainer_state.json``), and ``run.json``: the resolved settings, versions, hardware,
-hashes of the initial weights and of the first batch, and the results.
+Trainer's checkpoints and state (``trainer_state.json``), ``run.json`` (the resolved settings, versions, hardware,
+hashes of the initial weights and of the first batch, and at the end the results) and ``log.jsonl``, the curves of the
+run.
 """
 
-import hashlib
 import json
 import logging
 import math
+import shutil
 import sys
-import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import datasets
-import torch
-from packed_text import (
-    OrderedBlocks,
-    PackedText,
-    TextSource,
-    collate_blocks,
-    find_text_files,
-    packed_text,
-    tokenizer_fingerprint,
-)
 from recipe_arguments import Preset, RecipeArguments, parse_arguments
 from recipe_error import RecipeError
+from recipe_trainer import PretrainingTrainer, stream_state_file
+from run_description import check_attention, describe, explain_partition, show_dry_run, total_peak_flops
 from run_folder import (
+    AUTO,
+    RUN_FILE,
     check_output_folder,
     check_same_run,
     checkpoint_to_resume,
+    clear_partial_checkpoints,
     clear_run,
-    commit,
-    hardware,
-    package_versions,
+    is_finished,
     read_run,
     weights_hash,
     write_run,
 )
-from step_plan import Plan, apply_plan, plan_steps
+from run_log import LOG_FILE, RunLog, finite_or_null
+from step_plan import Plan, apply_plan, apply_schedule, plan_steps
+from task import Task, TrainingData, initial_model
+from tasks import TASK_CLASSES
 from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
     PretrainedConfig,
-    PreTrainedModel,
     PreTrainedTokenizerBase,
     Trainer,
     TrainerCallback,
     TrainerControl,
     TrainerState,
     TrainingArguments,
-    set_seed,
 )
-
-from hf_matrix_optim.options import split_optim_args
-from hf_matrix_optim.partition import explain
-from hf_matrix_optim.registry import (
-    OPTIMIZER_NAMES,
-    create_optimizer,
-    options_with_target_modules,
-    parse_options,
-    partition_options_of,
-)
+from transformers.utils.logging import disable_progress_bar
 
 
-class TrainingClock(TrainerCallback):
-    """Seconds spent in training steps and waiting for their data, without evaluation and saving; a resume goes on."""
+class RunFlow(TrainerCallback):
+    """Stops a run early where told, and logs whatever a checkpoint would otherwise lose.
 
-    def __init__(self) -> None:
-        self.train_seconds = 0.0
-        self._mark = 0.0
+    Trainer averages the loss since its last log. A checkpoint between two logs would drop what has been summed so far,
+    and the log of a resumed run would differ from that of an uninterrupted one.
+    """
 
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self.train_seconds = next(
-            (log["train_seconds"] for log in state.log_history[::-1] if "train_seconds" in log), 0.0
-        )
-        self._mark = time.perf_counter()
+    def __init__(self, stop_after: int | None) -> None:
+        self.stop_after = stop_after
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        now = time.perf_counter()
-        self.train_seconds += now - self._mark
-        self._mark = now
-
-    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self._mark = time.perf_counter()
-
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self._mark = time.perf_counter()
-
-
-class PretrainingTrainer(Trainer):
-    """Trainer whose log also has ``train_seconds``, and the perplexity beside each evaluation loss."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.clock = TrainingClock()
-        self.add_callback(self.clock)
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if "eval_loss" in logs:
-            logs["eval_perplexity"] = math.exp(min(logs["eval_loss"], 700.0))
-        logs["train_seconds"] = round(self.clock.train_seconds, 3)
-        super().log(logs, start_time)
-
-
-def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """Load a tokenizer that can close documents.
-
-    Raises:
-        RecipeError: if it cannot be loaded or has no end-of-text token.
-    """
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise RecipeError(f"--tokenizer {name} cannot be loaded: {error}") from error
-    if tokenizer.eos_token_id is None:
-        raise RecipeError(f"--tokenizer {name} has no eos token, which closes each document")
-    return tokenizer
-
-
-def build_config(preset: Preset, tokenizer: PreTrainedTokenizerBase, block_size: int) -> PretrainedConfig:
-    """Build the model configuration; without a ``vocab_size`` of its own it takes the tokenizer's, rounded up to 64.
-
-    Raises:
-        RecipeError: if the tokenizer has more words than the model, or a block more positions.
-    """
-    values = dict(preset.model)
-    values.setdefault("vocab_size", -(-len(tokenizer) // 64) * 64)
-    values["bos_token_id"] = values["eos_token_id"] = tokenizer.eos_token_id
-    config = preset.config_class(**values)
-    if len(tokenizer) > config.vocab_size:
-        raise RecipeError(
-            f"the tokenizer has {len(tokenizer):,} words, the model of this preset {config.vocab_size:,}"
-        )
-    if block_size > config.max_position_embeddings:
-        raise RecipeError(
-            f"--block_size is {block_size:,}; this model has {config.max_position_embeddings:,} positions, "
-            "so it can be no larger"
-        )
-    return config
-
-
-def build_model(config: PretrainedConfig, seed: int) -> PreTrainedModel:
-    """Build the model in float32 with initial weights that depend on the seed alone."""
-    set_seed(seed)
-    model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    return model
-
-
-def optimizer_name(training: TrainingArguments) -> str:
-    """Return the value of ``--optim`` as a plain string."""
-    return str(getattr(training.optim, "value", training.optim))
-
-
-def text_sources(arguments: RecipeArguments) -> tuple[TextSource, TextSource | None]:
-    """Resolve the files or the Hub name of the training and the validation text.
-
-    Raises:
-        RecipeError: for files that are missing, empty, of an unknown kind, or in both.
-    """
-    train = TextSource(
-        find_text_files(arguments.train_data or ()),
-        arguments.dataset_name,
-        arguments.dataset_config,
-        arguments.dataset_split,
-        arguments.text_column,
-    )
-    if arguments.validation_data is None:
-        return train, None
-    validation = TextSource(find_text_files(arguments.validation_data), text_column=arguments.text_column)
-    if both := set(train.files) & set(validation.files):
-        raise RecipeError(f"{min(both)} is in --train_data and in --validation_data")
-    return train, validation
-
-
-def describe(
-    recipe: str,
-    arguments: RecipeArguments,
-    training: TrainingArguments,
-    config: PretrainedConfig,
-    tokenizer: PreTrainedTokenizerBase,
-    plan: Plan,
-    data: PackedText | None,
-) -> dict[str, Any]:
-    """Collect what ``run.json`` says about a run before it starts; ``identity`` is what a resumed run must share."""
-    return {
-        "identity": {
-            "recipe": recipe,
-            "preset": arguments.preset,
-            "model": config.to_dict(),
-            "tokenizer": tokenizer_fingerprint(tokenizer),
-            "data": None if data is None else data.fingerprint,
-            "block_size": arguments.block_size,
-            "tokens_per_step": plan.tokens_per_step,
-            "seed": training.seed,
-            "data_seed": training.data_seed,
-            "optim": optimizer_name(training),
-            "optim_args": training.optim_args,
-        },
-        "plan": asdict(plan),
-        "recipe_arguments": asdict(arguments),
-        "training_arguments": training.to_dict(),
-        "world_size": training.world_size,
-        "versions": package_versions(),
-        "hardware": hardware(),
-        "commit": commit(),
-    }
-
-
-def explain_partition(config: PretrainedConfig, training: TrainingArguments) -> str:
-    """Try the optimizer on the model without allocating a weight; returns the table of what it does with parameters.
-
-    For an optimizer that is not one of ours, the table shows what ours would do.
-
-    Raises:
-        RecipeError: if the optimizer refuses its options, its values or the model.
-    """
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    name = optimizer_name(training)
-    if name not in OPTIMIZER_NAMES:
-        return explain(model)
-    try:
-        options = parse_options(name, split_optim_args(training.optim_args))
-        options = options_with_target_modules(options, training)
-        create_optimizer(
-            name,
-            model,
-            lr=training.learning_rate,
-            weight_decay=training.weight_decay,
-            betas=(training.adam_beta1, training.adam_beta2),
-            eps=training.adam_epsilon,
-            options=options,
-        )
-        return explain(model, partition_options_of(options))
-    except ValueError as error:
-        raise RecipeError(f"--optim {name}: {error}") from error
-
-
-def show_dry_run(run: Mapping[str, Any], partition: str, config: PretrainedConfig) -> None:
-    """Print the resolved settings, how each parameter would be updated, and the steps."""
-    with torch.device("meta"):
-        parameters = AutoModelForCausalLM.from_config(config).num_parameters()
-    plan = run["plan"]
-    print(json.dumps(run, indent=2, sort_keys=True, default=str))
-    print(f"\n{partition}\n")
-    print(
-        f"{parameters:,} parameters; {plan['steps']:,} steps of {plan['tokens_per_step']:,} tokens = "
-        f"{plan['steps'] * plan['tokens_per_step']:,} tokens"
-        + (f", {plan['steps_per_pass']:,} steps a pass over the text" if plan["steps_per_pass"] else "")
-    )
+        if self.stop_after is not None and self.stop_after <= state.global_step < state.max_steps:
+            control.should_training_stop = control.should_save = True
+        if control.should_save or control.should_evaluate:
+            control.should_log = True
 
 
 def pretrain(
@@ -262,54 +72,78 @@ def pretrain(
     training: TrainingArguments,
     given: frozenset[str] = frozenset(),
 ) -> dict[str, Any]:
-    """Run one pretraining, or its dry run, and return the contents of its ``run.json``.
+    """Run one training, or its dry run, and return the contents of its ``run.json``.
 
     Everything that can be refused is refused before the output folder is touched.
 
     Raises:
         RecipeError: for what cannot be done as asked.
     """
-    folder = Path(training.output_dir)
     if training.disable_tqdm:
-        datasets.disable_progress_bars()
+        disable_progress_bar()
+    if training.n_gpu > 1 and not arguments.dry_run:
+        raise RecipeError(
+            f"one process sees {training.n_gpu} GPUs: start one for each (torchrun --nproc_per_node {training.n_gpu} "
+            "recipes/...), or set CUDA_VISIBLE_DEVICES=0"
+        )
+    task = TASK_CLASSES[preset.task]()
+    folder = Path(training.output_dir)
     checkpoint = checkpoint_to_resume(folder, training.resume_from_checkpoint)
-    check_output_folder(folder, resume=checkpoint is not None, overwrite=arguments.overwrite_output_dir)
-    train_source, validation_source = text_sources(arguments)
-    tokenizer = load_tokenizer(str(arguments.tokenizer))
-    config = build_config(preset, tokenizer, arguments.block_size)
-    partition = explain_partition(config, training)
+    is_auto = str(training.resume_from_checkpoint).lower() == AUTO
+    finished = read_run(folder) if is_auto and is_finished(folder) else None
+    is_broken = is_auto and finished is None and (folder / RUN_FILE).is_file()
+    if finished is None:
+        overwrite = arguments.overwrite_output_dir or (is_broken and checkpoint is None)
+        check_output_folder(folder, resume=checkpoint is not None, overwrite=overwrite)
+
+    needs_data = not arguments.dry_run or (training.max_steps <= 0 and arguments.max_tokens is None)
+    try:
+        tokenizer = task.load_tokenizer(arguments)
+    except RecipeError as error:
+        if needs_data or "vocab_size" not in preset.model:
+            raise
+        print(f"without a tokenizer, which a dry run can do without: {error}", file=sys.stderr)
+        tokenizer = None
+    config = task.build_config(preset, tokenizer, arguments)
+    task.loss(training)
+    check_attention(task, config, arguments.attention)
+    partition = explain_partition(task, config, training)
+    flops_per_token = task.flops_per_token(config, arguments.block_size)
 
     data = None
-    needs_data = not arguments.dry_run or (training.max_steps <= 0 and arguments.max_tokens is None)
     if needs_data:
-        with training.main_process_first(desc="preparing the text"):
-            data = packed_text(
-                train_source,
-                validation_source,
-                tokenizer,
-                arguments.block_size,
-                arguments.validation_fraction,
-                workers=arguments.preprocessing_workers,
-                cache_dir=arguments.cache_dir,
-            )
-    plan = plan_steps(arguments, training, given, None if data is None else len(data.train))
-    apply_plan(plan, training, has_validation=data is None or data.validation is not None, given=given)
-    run = describe(recipe, arguments, training, config, tokenizer, plan, data)
-    earlier = None if checkpoint is None else read_run(Path(checkpoint).parent)
+        data = task.prepare(arguments, training, tokenizer, config)
+    plan = plan_steps(arguments, training, given, None if data is None else data.samples_a_pass)
+    apply_schedule(arguments, training, plan.steps)
+    is_stream = arguments.streaming
+    has_validation = data is None or data.validation is not None
+    apply_plan(plan, training, has_validation=has_validation, is_stream=is_stream, given=given)
+    run = describe(recipe, arguments, training, config, tokenizer, plan, data, flops_per_token)
+    earlier = finished or (None if checkpoint is None else read_run(Path(checkpoint).parent))
     if earlier is not None and data is not None:
         check_same_run(earlier, run["identity"])
     if arguments.dry_run or data is None:
         if training.process_index == 0:
-            show_dry_run(run, partition, config)
+            show_dry_run(run, partition, task, config)
         return run
-    return train(run, config, tokenizer, data, plan, training, checkpoint)
+    if finished is not None:
+        if finished["results"]["steps"] >= plan.steps:
+            print(f"{folder} holds this run, finished: nothing is left to do")
+            return finished
+        check_output_folder(folder, resume=checkpoint is not None, overwrite=arguments.overwrite_output_dir)
+    run["data"] = dict(data.facts)
+    run["unit"] = task.unit
+    return train(run, task, preset, arguments, config, tokenizer, data, plan, training, checkpoint)
 
 
 def train(
     run: dict[str, Any],
+    task: Task,
+    preset: Preset,
+    arguments: RecipeArguments,
     config: PretrainedConfig,
-    tokenizer: PreTrainedTokenizerBase,
-    data: PackedText,
+    tokenizer: PreTrainedTokenizerBase | None,
+    data: TrainingData,
     plan: Plan,
     training: TrainingArguments,
     checkpoint: str | None,
@@ -317,67 +151,151 @@ def train(
     """Train, evaluate and save a run that has been checked; returns ``run`` with its results."""
     folder = Path(training.output_dir)
     order_seed = training.seed if training.data_seed is None else training.data_seed
-    model = build_model(config, training.seed)
-    samples = OrderedBlocks(data.train, order_seed, plan.steps * plan.sequences_per_step)
+    model = initial_model(task, preset, config, training.seed, arguments.attention or task.attention)
+    task.initialise(model, data)
+    run["parameters"] = sum(parameter.numel() for parameter in model.parameters())
+    run["initial_weights_sha256"] = weights_hash(model)
+    first_samples = plan.sequences_per_step // (training.world_size if data.is_stream else 1)
+    run["first_batch_sha256"] = data.first_batch_hash(order_seed, first_samples)
+    run["samples"] = {
+        "a_pass": data.samples_a_pass,
+        "validation": None if data.validation is None else len(data.validation),
+    }
+    run["resumed_from"] = checkpoint
+    samples = data.training(order_seed, plan.steps * plan.sequences_per_step)
+    log = RunLog(folder)
     trainer = PretrainingTrainer(
         model=model,
         args=training,
         train_dataset=samples,
         eval_dataset=data.validation,
-        data_collator=collate_blocks,
+        data_collator=data.collate,
         processing_class=tokenizer,
+        compute_loss_func=task.loss(training),
+        callbacks=[RunFlow(arguments.stop_after)],
+        tokens_per_step=plan.tokens_per_step,
+        tokens_per_sample=arguments.block_size,
+        flops_per_token=run["flops_per_token"],
+        peak_flops=total_peak_flops(training),
+        has_perplexity=task.has_perplexity,
+        log_record=log.append,
+        stream_state=stream_place(samples, plan, training) if data.is_stream else None,
     )
-    first_batch = collate_blocks([samples[index] for index in range(plan.sequences_per_step)])["input_ids"]
-    run["parameters"] = sum(parameter.numel() for parameter in model.parameters())
-    run["initial_weights_sha256"] = weights_hash(model)
-    run["first_batch_sha256"] = hashlib.sha256(first_batch.numpy().tobytes()).hexdigest()
-    run["blocks"] = {"train": len(data.train), "validation": len(data.validation) if data.validation else 0}
-    run["resumed_from"] = checkpoint
+    resumed_step = 0
+    if checkpoint is not None:
+        resumed_step = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json")).global_step
+        trainer.clock.load(Path(checkpoint))
+        if data.is_stream:
+            find_place(samples, Path(checkpoint), training)
     if trainer.is_world_process_zero():
         if checkpoint is None:
             clear_run(folder)
+        else:
+            clear_partial_checkpoints(folder)
         write_run(folder, run)
+        if checkpoint is not None and Path(checkpoint).resolve().parent != folder.resolve():
+            shutil.copy(Path(checkpoint).parent / LOG_FILE, folder)
+        log.truncate(resumed_step)
         print(
-            f"{run['parameters']:,} parameters, {plan.steps:,} steps of {plan.tokens_per_step:,} tokens, "
+            f"{run['parameters']:,} parameters, {plan.steps:,} steps of {plan.tokens_per_step:,} {task.unit}, "
             f"{run['identity']['optim']} at learning rate {training.learning_rate:g} -> {folder}"
+            + (f", from step {resumed_step:,} on" if resumed_step else "")
         )
+    trainer.accelerator.wait_for_everyone()
     if training.log_level == "passive":  # as it is by default: then the one line about the partition is shown too
         logging.getLogger("transformers.hf_matrix_optim").setLevel(logging.INFO)
     outcome = trainer.train(resume_from_checkpoint=checkpoint)
-    trainer.save_metrics("train", outcome.metrics)
-    seconds = trainer.clock.train_seconds
-    tokens = trainer.state.global_step * plan.tokens_per_step
-    run["results"] = {
-        "steps": trainer.state.global_step,
-        "tokens": tokens,
-        "train_loss": outcome.training_loss,
-        "train_seconds": seconds,
-        "tokens_per_second": tokens / seconds if seconds else None,
-    }
-    if data.validation is not None:
-        metrics = final_evaluation(trainer)
-        trainer.save_metrics("eval", metrics)
-        run["results"] |= {name: metrics[name] for name in ("eval_loss", "eval_perplexity")}
-    trainer.save_model()
-    trainer.save_state()
-    if trainer.is_world_process_zero():
-        write_run(folder, run)
-        if data.validation is not None:
+    if trainer.state.global_step < plan.steps:
+        if trainer.is_world_process_zero():
             print(
-                f"validation loss {metrics['eval_loss']:.4f} nats a token, perplexity {metrics['eval_perplexity']:.2f}"
+                f"stopped after step {trainer.state.global_step:,} of {plan.steps:,}; --resume_from_checkpoint true "
+                "goes on"
             )
+        return run
+    finish(run, trainer, task, plan, data, outcome.metrics)
     return run
 
 
+def finish(
+    run: dict[str, Any],
+    trainer: PretrainingTrainer,
+    task: Task,
+    plan: Plan,
+    data: TrainingData,
+    metrics: dict[str, float],
+) -> None:
+    """Evaluate and save a run that has come to its end, and write its results into ``run`` and ``run.json``."""
+    trainer.save_metrics("train", metrics)
+    clock = trainer.clock
+    speed = trainer.tokens_per_second()
+    results: dict[str, Any] = {
+        "steps": trainer.state.global_step,
+        "tokens": trainer.state.global_step * plan.tokens_per_step,
+        "train_loss": last_training_loss(trainer),
+        "train_seconds": clock.train_seconds,
+        "timed_steps": clock.timed_steps,
+        "first_step_seconds": clock.first_step_seconds,
+        "optimizer_seconds": clock.optimizer_seconds,
+        "tokens_per_second": speed,
+        "mfu": trainer.mfu(speed),
+    }
+    evaluation: dict[str, float] = {}
+    if data.validation is not None:
+        evaluation = final_evaluation(trainer)
+        trainer.save_metrics("eval", evaluation)
+        names = ("eval_loss", "eval_perplexity", "eval_accuracy")
+        results |= {name: evaluation[name] for name in names if name in evaluation}
+    run["results"] = {name: finite_or_null(value) for name, value in results.items()}
+    trainer.save_model()
+    trainer.save_state()
+    if trainer.is_world_process_zero():
+        write_run(Path(trainer.args.output_dir), run)
+        if evaluation:
+            unit = task.unit.removesuffix("s")
+            print(
+                f"validation loss {evaluation['eval_loss']:.4f} nats {'an' if unit == 'image' else 'a'} {unit}, "
+                + (f"perplexity {evaluation['eval_perplexity']:.2f}, " if task.has_perplexity else "")
+                + f"accuracy {evaluation['eval_accuracy']:.2%}"
+            )
+
+
+def last_training_loss(trainer: Trainer) -> float:
+    """Return the last logged mean of the training loss; NaN if there is none."""
+    return next((float(log["loss"]) for log in trainer.state.log_history[::-1] if "loss" in log), math.nan)
+
+
 def final_evaluation(trainer: Trainer) -> dict[str, float]:
-    """Return the evaluation at the last step, from the log if it was just made."""
-    for log in trainer.state.log_history[::-1]:
-        if log["step"] != trainer.state.global_step:
-            break
-        if "eval_loss" in log:
-            return {name: value for name, value in log.items() if name.startswith("eval_")}
+    """Return the evaluation of the final weights, from the log if it was just made."""
+    if not trainer.args.load_best_model_at_end:
+        for log in trainer.state.log_history[::-1]:
+            if log["step"] != trainer.state.global_step:
+                break
+            if "eval_loss" in log:
+                return {name: value for name, value in log.items() if name.startswith("eval_")}
     metrics: dict[str, float] = trainer.evaluate()
     return metrics
+
+
+def stream_place(samples: Any, plan: Plan, training: TrainingArguments) -> Any:
+    """Return the function that gives a stream's place after so many steps, for a checkpoint."""
+    return lambda steps: samples.state_dict(steps * plan.sequences_per_step // training.world_size)
+
+
+def find_place(samples: Any, checkpoint: Path, training: TrainingArguments) -> None:
+    """Put a stream where a checkpoint left it.
+
+    Raises:
+        RecipeError: if the checkpoint was written by another number of ranks.
+    """
+    files = list(checkpoint.glob("stream_rank*.json"))
+    if len(files) != training.world_size:
+        raise RecipeError(
+            f"{checkpoint} is of a stream on {len(files)} ranks, this run has {training.world_size}: a stream goes on "
+            "with the number it was started with"
+        )
+    place = stream_state_file(checkpoint, training.process_index)
+    samples.load_state_dict(json.loads(place.read_text(encoding="utf-8")))
+    training.ignore_data_skip = True
 
 
 def main(recipe: str, presets: Mapping[str, Preset], argv: Sequence[str] | None = None) -> int:

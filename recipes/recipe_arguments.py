@@ -15,8 +15,12 @@ ONE_OF = (
     ("tokens_per_step", "gradient_accumulation_steps"),
     ("train_data", "dataset_name"),
     ("validation_data", "validation_fraction"),
+    ("schedule", "lr_scheduler_type"),
 )
 SOURCE_KEYS = ("train_data", "validation_data", "dataset_name", "dataset_config", "dataset_split", "text_column")
+SCHEDULE_KEYS = ("schedule", "decay", "floor", "lr_scheduler_kwargs")
+SCHEDULES = ("warmup_stable", "cosine")
+TASKS = ("causal_lm", "masked_lm", "image_classification")
 NOT_GIVEN = object()
 
 
@@ -26,13 +30,18 @@ class Preset:
 
     Attributes:
         config_class: configuration class of the model.
-        model: its keywords. Without ``vocab_size`` the model follows the tokenizer.
+        model: its keywords. Without ``vocab_size`` a language model follows the tokenizer.
         defaults: values for flags of the command line, by name; what is typed there goes before them.
+        task: one of ``TASKS``: what the model learns, and from what.
+        scale_residual_init: draw the matrices that write into the residual stream with the standard deviation
+            initializer_range / sqrt(2 layers), as GPT-2 does.
     """
 
     config_class: type[PretrainedConfig]
     model: Mapping[str, Any]
     defaults: Mapping[str, Any]
+    task: str = "causal_lm"
+    scale_residual_init: bool = False
 
 
 @dataclass
@@ -43,22 +52,41 @@ class RecipeArguments:
     train_data: list[str] | None = field(
         default=None,
         metadata={
-            "help": "Files (.txt .jsonl .json .parquet .csv, also .gz .xz .bz2), folders or globs of training text."
+            "help": "Files, folders or globs to train on: .txt .jsonl .json .parquet .csv, for proteins also .fasta "
+            ".fa .faa, each also .gz .xz .bz2; prepared tokens: .bin, or the folder they are in."
         },
     )
     validation_data: list[str] | None = field(
-        default=None, metadata={"help": "The same for validation text, instead of --validation_fraction."}
+        default=None, metadata={"help": "The same for validation, instead of --validation_fraction."}
     )
     dataset_name: str | None = field(
         default=None, metadata={"help": "A data set on the Hub, instead of --train_data."}
     )
     dataset_config: str | None = field(default=None, metadata={"help": "Its configuration."})
-    dataset_split: str = field(default="train", metadata={"help": "Its split to train on."})
-    text_column: str = field(default="text", metadata={"help": "The column with the text, in all but .txt files."})
+    dataset_split: str | None = field(default=None, metadata={"help": "Its split to train on; default: train."})
+    text_column: str | None = field(
+        default=None, metadata={"help": "The column with the text or the sequence; default: text or sequence."}
+    )
     validation_fraction: float = field(
-        default=0.05,
+        default=0.05, metadata={"help": "Part of the documents that is held out, by a fixed hash of each; 0 for none."}
+    )
+    validation_samples: int | None = field(
+        default=None, metadata={"help": "Evaluate on so many fixed blocks or sequences instead of all."}
+    )
+    max_prepared_tokens: float | None = field(
+        default=None, metadata={"help": "Prepare only so many tokens (residues) of the training data, such as 1e9."}
+    )
+    streaming: bool = field(
+        default=False,
         metadata={
-            "help": "Part of the documents, of .txt files of sections of 8,192 characters, held out by a hash of each."
+            "help": "Read and tokenize while training, instead of once before; needs --max_steps or --max_tokens."
+        },
+    )
+    shuffle_buffer: int = field(
+        default=0,
+        metadata={
+            "help": "Documents of a stream to shuffle among; 0 keeps its order. With a buffer a resumed run is not "
+            "the uninterrupted one bit for bit: the buffer is filled anew."
         },
     )
     tokenizer: str | None = field(default=None, metadata={"help": "Folder or Hub name of a tokenizer."})
@@ -66,15 +94,51 @@ class RecipeArguments:
     tokens_per_step: int | None = field(
         default=None,
         metadata={
-            "help": "Tokens in one optimizer step over all devices; sets the accumulation (and a preset's batch)."
+            "help": "Tokens (images) in one optimizer step over all devices; sets the accumulation (and the "
+            "batch of a preset)."
         },
     )
-    max_tokens: float | None = field(default=None, metadata={"help": "Train on at most so many tokens, such as 1e9."})
+    max_tokens: float | None = field(
+        default=None, metadata={"help": "Train on at most so many tokens (images), such as 1e9."}
+    )
+    schedule: str | None = field(
+        default=None,
+        metadata={
+            "help": "warmup_stable: linear warm-up over --warmup_steps, then constant, then --decay if any; cosine: "
+            "after the warm-up down to --floor at the last step. Instead of --lr_scheduler_type."
+        },
+    )
+    decay: float = field(
+        default=0.0,
+        metadata={
+            "help": "With warmup_stable: the last steps, in which the learning rate falls linearly to --floor; below "
+            "1 a fraction of all steps, 0 for none."
+        },
+    )
+    floor: float = field(
+        default=0.0, metadata={"help": "Lowest learning rate after the warm-up, as a fraction of --learning_rate."}
+    )
+    attention: str | None = field(
+        default=None,
+        metadata={
+            "help": "Attention implementation: full_block (no mask: the default where no row is padded), "
+            "padded_block, or one of transformers: sdpa, eager, flash_attention_2, flex_attention."
+        },
+    )
+    stop_after: int | None = field(
+        default=None,
+        metadata={
+            "help": "Stop at this step with a checkpoint, as if interrupted; the schedule stays that of the whole run."
+        },
+    )
     preprocessing_workers: int = field(default=1, metadata={"help": "Processes that tokenize."})
-    cache_dir: str | None = field(default=None, metadata={"help": "Folder for prepared data; default: of `datasets`."})
+    cache_dir: str | None = field(
+        default=None, metadata={"help": "Folder for prepared data; default: ~/.cache/hf-matrix-optim."}
+    )
     overwrite_output_dir: bool = field(default=False, metadata={"help": "Replace the run that is in --output_dir."})
     dry_run: bool = field(
-        default=False, metadata={"help": "Show the resolved settings, the partition and the steps; train nothing."}
+        default=False,
+        metadata={"help": "Show the resolved settings, the partition, the steps and the FLOPs; train nothing."},
     )
 
 
@@ -94,6 +158,8 @@ def check_preset(name: str, preset: Preset, flags: Collection[str]) -> None:
         if key not in flags or key == "preset":
             raise RecipeError(f"preset {name}: there is no flag {key}{nearest(key, flags)}")
     config_fields = {config_field.name for config_field in fields(preset.config_class)}  # type: ignore[arg-type]
+    if preset.task not in TASKS:
+        raise RecipeError(f"preset {name}: there is no task {preset.task}{nearest(preset.task, TASKS)}")
     for key in preset.model:
         if key not in config_fields:
             config = preset.config_class.__name__
@@ -115,6 +181,8 @@ def preset_defaults(preset: Preset, given: Collection[str]) -> dict[str, Any]:
             dropped.update(alternatives)
     if "train_data" in given or "dataset_name" in given:
         dropped.update(SOURCE_KEYS)
+    if {"schedule", "lr_scheduler_type"} & set(given):
+        dropped.update(SCHEDULE_KEYS)
     return {key: value for key, value in preset.defaults.items() if key not in dropped}
 
 
@@ -157,27 +225,64 @@ def parse_arguments(
     defaults = preset_defaults(preset, given)
     optimizer = known.optim if "optim" in given else defaults.get("optim", parser.get_default("optim"))
     seed = known.seed if "seed" in given else defaults.get("seed", parser.get_default("seed"))
-    parser.set_defaults(**{"output_dir": f"out/{recipe}-{known.preset}-{optimizer}-seed{seed}", **defaults})
+    name = f"{recipe}-{known.preset}-{optimizer}-seed{seed}"
+    parser.set_defaults(**{"output_dir": f"out/{name}", "run_name": name, **defaults})
     recipe_arguments, training_arguments = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
-    check_values(recipe_arguments)
+    check_values(recipe_arguments, preset.task)
     return preset, recipe_arguments, training_arguments, given
 
 
-def check_values(arguments: RecipeArguments) -> None:
+def check_values(arguments: RecipeArguments, task: str) -> None:
     """Refuse values out of range.
 
     Raises:
         RecipeError: naming the flag and its range.
     """
     if arguments.train_data is None and arguments.dataset_name is None:
-        raise RecipeError("no training text: give --train_data or --dataset_name")
-    if arguments.tokenizer is None:
+        raise RecipeError("nothing to train on: give --train_data or --dataset_name")
+    if task == "causal_lm" and arguments.tokenizer is None:
         raise RecipeError("no tokenizer: give --tokenizer")
     if not 0 <= arguments.validation_fraction < 1:
         raise RecipeError(f"--validation_fraction is {arguments.validation_fraction}; it must be in [0, 1)")
-    if arguments.block_size < 2:
+    if task == "image_classification":
+        if arguments.block_size != 1:
+            raise RecipeError(f"--block_size is {arguments.block_size}; of images it is 1")
+    elif arguments.block_size < 2:
         raise RecipeError(f"--block_size is {arguments.block_size}; it must be at least 2")
-    for name in ("max_tokens", "tokens_per_step", "preprocessing_workers"):
+    for name in (
+        "max_tokens",
+        "tokens_per_step",
+        "preprocessing_workers",
+        "max_prepared_tokens",
+        "validation_samples",
+        "stop_after",
+    ):
         value = getattr(arguments, name)
-        if value is not None and not value >= 1:
+        if value is not None and not 1 <= value < float("inf"):
             raise RecipeError(f"--{name} is {value}; it must be at least 1")
+    if arguments.shuffle_buffer < 0:
+        raise RecipeError(f"--shuffle_buffer is {arguments.shuffle_buffer}; it must be at least 0")
+    check_schedule(arguments)
+
+
+def check_schedule(arguments: RecipeArguments) -> None:
+    """Refuse a schedule that there is not, and values it does not use.
+
+    Raises:
+        RecipeError: naming the flag.
+    """
+    if arguments.schedule is not None and arguments.schedule not in SCHEDULES:
+        raise RecipeError(
+            f"--schedule {arguments.schedule}: it is one of {', '.join(SCHEDULES)}"
+            f"{nearest(arguments.schedule, SCHEDULES)}"
+        )
+    if not 0 <= arguments.floor < 1:
+        raise RecipeError(f"--floor is {arguments.floor}; it must be in [0, 1)")
+    if not arguments.decay >= 0:
+        raise RecipeError(f"--decay is {arguments.decay}; it must be at least 0")
+    if arguments.decay and arguments.schedule != "warmup_stable":
+        raise RecipeError("--decay belongs to --schedule warmup_stable")
+    if arguments.floor and arguments.schedule is None:
+        raise RecipeError("--floor belongs to --schedule")
+    if arguments.floor and arguments.schedule == "warmup_stable" and not arguments.decay:
+        raise RecipeError("--floor has no effect on --schedule warmup_stable without --decay")

@@ -13,15 +13,18 @@ from typing import Any
 
 import torch
 from recipe_error import RecipeError
+from recipe_trainer import TRAINER_STATE_FILE
+from run_log import LOG_FILE
 from torch import nn
-from transformers.trainer_utils import get_last_checkpoint
 
 RUN_FILE = "run.json"
 PARTIAL_RUN_FILE = ".run.json.partial"
+AUTO = "auto"
 PACKAGES = ("torch", "transformers", "accelerate", "datasets", "tokenizers", "numpy", "hf-matrix-optim")
 # What a run writes besides its checkpoints. --overwrite_output_dir removes these only, and only beside a run.json.
 RUN_FILES = (
     RUN_FILE,
+    LOG_FILE,
     "config.json",
     "generation_config.json",
     "tokenizer.json",
@@ -30,6 +33,7 @@ RUN_FILES = (
     "special_tokens_map.json",
     "added_tokens.json",
     "vocab.json",
+    "vocab.txt",
     "merges.txt",
     "training_args.bin",
     "trainer_state.json",
@@ -61,25 +65,63 @@ def write_run(folder: Path, run: Mapping[str, Any]) -> None:
     """Write ``run.json`` so that a reader finds the old contents or the new, never a part."""
     folder.mkdir(parents=True, exist_ok=True)
     partial = folder / PARTIAL_RUN_FILE
-    partial.write_text(json.dumps(run, indent=2, sort_keys=True, default=str) + "\n", encoding="utf-8")
+    partial.write_text(json.dumps(run, indent=2, sort_keys=True, default=str, allow_nan=True) + "\n", encoding="utf-8")
     os.replace(partial, folder / RUN_FILE)
 
 
+def checkpoints(folder: Path) -> list[Path]:
+    """Return the checkpoints of a run, whole or not, the latest first."""
+    numbered = [
+        (int(number), path)
+        for path in folder.glob("checkpoint-*")
+        if path.is_dir() and (number := path.name.removeprefix("checkpoint-")).isdigit()
+    ]
+    return [path for _, path in sorted(numbered, reverse=True)]
+
+
+def is_whole(checkpoint: Path) -> bool:
+    """Tell whether a checkpoint was written to its end: its state, which is written last, can be read."""
+    try:
+        state = json.loads((checkpoint / TRAINER_STATE_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(state, dict) and "global_step" in state
+
+
+def last_whole_checkpoint(folder: Path) -> str | None:
+    """Return the latest checkpoint that was written to its end; None if there is none."""
+    return next((str(path) for path in checkpoints(folder) if is_whole(path)), None)
+
+
+def is_finished(folder: Path) -> bool:
+    """Tell whether a folder's run has come to its end."""
+    run = read_run(folder)
+    return run is not None and "results" in run
+
+
 def checkpoint_to_resume(folder: Path, resume: str | None) -> str | None:
-    """Resolve ``--resume_from_checkpoint``: true is the folder's last checkpoint, false or unset is none, else a path.
+    """Resolve ``--resume_from_checkpoint``.
+
+    Args:
+        folder: the output folder.
+        resume: "true" is the folder's last whole checkpoint, "auto" the same if there is one, "false" or None is none;
+            anything else is the path of a checkpoint.
 
     Raises:
         RecipeError: if there is no such checkpoint.
     """
     if resume is None or resume.lower() in ("false", "no", "0"):
         return None
-    if resume.lower() not in ("true", "yes", "1"):
-        if not (Path(resume) / "trainer_state.json").is_file():
-            raise RecipeError(f"--resume_from_checkpoint {resume}: no checkpoint of a run there")
+    if resume.lower() not in ("true", "yes", "1", AUTO):
+        if not is_whole(Path(resume)):
+            raise RecipeError(f"--resume_from_checkpoint {resume}: no whole checkpoint of a run there")
         return resume
-    checkpoint = get_last_checkpoint(str(folder)) if folder.is_dir() else None
-    if checkpoint is None:
-        raise RecipeError(f"--resume_from_checkpoint true: {folder} holds no checkpoint; leave the flag out to start")
+    checkpoint = last_whole_checkpoint(folder)
+    if checkpoint is None and resume.lower() != AUTO:
+        raise RecipeError(
+            f"--resume_from_checkpoint true: {folder} holds no whole checkpoint; leave the flag out to start, or give "
+            "auto to start where there is none"
+        )
     return checkpoint
 
 
@@ -105,12 +147,26 @@ def check_output_folder(folder: Path, *, resume: bool, overwrite: bool) -> None:
 
 
 def clear_run(folder: Path) -> None:
-    """Remove an earlier run's files and checkpoints from its folder and leave everything else."""
+    """Remove an earlier run's files and checkpoints from its folder and leave everything else.
+
+    Its ``run.json`` is first replaced by one of no run: a process killed here leaves nothing that looks finished, and
+    no checkpoint that the next run would take for its own.
+    """
+    if not (folder / RUN_FILE).is_file():
+        return
+    write_run(folder, {"identity": {}})
+    for checkpoint in checkpoints(folder):
+        shutil.rmtree(checkpoint)
     for name in (*RUN_FILES, *WEIGHT_FILES):
         for file in folder.glob(name):
-            file.unlink()
-    for checkpoint in folder.glob("checkpoint-*"):
-        if checkpoint.name.removeprefix("checkpoint-").isdigit():
+            if file.name != RUN_FILE:
+                file.unlink()
+
+
+def clear_partial_checkpoints(folder: Path) -> None:
+    """Remove checkpoints that were not written to their end."""
+    for checkpoint in checkpoints(folder):
+        if not is_whole(checkpoint):
             shutil.rmtree(checkpoint)
 
 

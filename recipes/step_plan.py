@@ -13,12 +13,12 @@ from transformers import TrainingArguments
 class Plan:
     """How a run is cut into steps."""
 
-    tokens_per_step: int
+    tokens_per_step: int  # or images
     sequences_per_step: int
     sequences_per_device: int
     gradient_accumulation_steps: int
     steps: int
-    steps_per_pass: int | None  # None where a dry run does not read the data
+    steps_per_pass: int | None  # None where the data is not read or has no end
 
 
 def plan_steps(
@@ -30,10 +30,11 @@ def plan_steps(
         arguments: ours.
         training: Trainer's; not modified.
         given: flags of the command line; a batch size not typed there may be lowered to fit ``tokens_per_step``.
-        blocks: training blocks, or None if the data was not read.
+        blocks: training samples in a pass; None for a stream, and if the data was not read.
 
     Raises:
-        RecipeError: if ``tokens_per_step`` cannot be divided so, or there is no whole step in ``max_tokens``.
+        RecipeError: if ``tokens_per_step`` cannot be divided so, there is no whole step in ``max_tokens``, or nothing
+            says how long a stream is to be read.
     """
     devices = training.world_size * max(1, training.n_gpu)
     per_device, accumulation = training.per_device_train_batch_size, training.gradient_accumulation_steps
@@ -61,29 +62,65 @@ def plan_steps(
         steps = int(arguments.max_tokens // tokens_per_step)
         if steps == 0:
             raise RecipeError(f"--max_tokens {arguments.max_tokens:,.0f} is less than one step of {tokens_per_step:,}")
+    elif blocks is None:
+        raise RecipeError("--streaming has no end: give --max_steps or --max_tokens")
     else:
-        assert blocks is not None
         steps = max(1, math.floor(training.num_train_epochs * blocks / sequences_per_step))
     return Plan(tokens_per_step, sequences_per_step, per_device, accumulation, steps, steps_per_pass)
 
 
-def apply_plan(plan: Plan, training: TrainingArguments, *, has_validation: bool, given: frozenset[str]) -> None:
-    """Write the plan into Trainer's arguments; "epoch" in a strategy means each pass over the blocks.
+def apply_schedule(arguments: RecipeArguments, training: TrainingArguments, steps: int) -> None:
+    """Write ``--schedule``, ``--decay`` and ``--floor`` into Trainer's arguments; without a schedule those stay.
 
     Raises:
-        RecipeError: for a sampling strategy of its own, or an evaluation that was asked for without validation text.
+        RecipeError: if warm-up and decay are longer than the run.
+    """
+    if arguments.schedule is None:
+        return
+    decay = round(arguments.decay * steps) if arguments.decay < 1 else int(arguments.decay)
+    has_horizon = decay > 0 or arguments.schedule == "cosine"
+    if has_horizon and (warmup := training.get_warmup_steps(steps)) + decay > steps:
+        raise RecipeError(
+            f"a warm-up of {warmup:,} steps and a decay of {decay:,} do not fit in {steps:,} steps: lower "
+            "--warmup_steps or --decay, which are fractions of the run below 1"
+        )
+    name, kwargs = "constant_with_warmup", {}
+    if arguments.schedule == "cosine":
+        # with min_lr the floor would be read from the optimizer's defaults
+        name, kwargs = "cosine_with_min_lr", {"min_lr_rate": arguments.floor}
+    elif decay:
+        name = "warmup_stable_decay"
+        kwargs = {"num_decay_steps": decay, "decay_type": "linear", "min_lr_ratio": arguments.floor}
+    training.lr_scheduler_type = type(training.lr_scheduler_type)(name)
+    training.lr_scheduler_kwargs = kwargs
+
+
+def apply_plan(
+    plan: Plan, training: TrainingArguments, *, has_validation: bool, is_stream: bool, given: frozenset[str]
+) -> None:
+    """Write the plan into Trainer's arguments; "epoch" in a strategy means each pass over the data.
+
+    Raises:
+        RecipeError: for a sampling strategy of its own, an evaluation that was asked for without validation data, or
+            workers for a stream.
     """
     if "train_sampling_strategy" in given and training.train_sampling_strategy != "sequential":
         raise RecipeError("--train_sampling_strategy: the order is fixed here, a function of the seed alone")
     training.train_sampling_strategy = "sequential"
     training.remove_unused_columns = False
     training.dataloader_pin_memory = training.dataloader_pin_memory and torch.accelerator.is_available()
+    training.accelerator_config.non_blocking = training.dataloader_pin_memory  # else each batch waits for the GPU
+    if is_stream and training.dataloader_num_workers:
+        if "dataloader_num_workers" in given:
+            raise RecipeError("--dataloader_num_workers: a stream keeps its place in the main process; leave it at 0")
+        training.dataloader_num_workers = 0
+        training.dataloader_prefetch_factor = None
     training.per_device_train_batch_size = plan.sequences_per_device
     training.gradient_accumulation_steps = plan.gradient_accumulation_steps
     training.max_steps = plan.steps
     if not has_validation:
         if "eval_strategy" in given and training.eval_strategy != "no":
-            raise RecipeError(f"--eval_strategy {training.eval_strategy}: there is no validation text")
+            raise RecipeError(f"--eval_strategy {training.eval_strategy}: there is nothing to validate on")
         training.eval_strategy = type(training.eval_strategy)("no")
     for name in ("eval", "save", "logging"):
         strategy = getattr(training, f"{name}_strategy")

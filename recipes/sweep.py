@@ -1,42 +1,39 @@
-"""Find the learning rate of each optimizer of the demo: short runs over a grid, one table.
+"""Find the learning rate of each optimizer of the demo: short runs over a grid, one table for each model.
 
-    python recipes/sweep.py [--optim adamw_torch_fused,muon] [--learning_rate 1e-3,2e-3] [--table TABLE.md]
+    python recipes/sweep.py [--model qwen2_5,esm2] [--optim adamw_torch_fused,muon] [--learning_rate 1e-3,2e-3]
+                            [--table TABLE.md]
 
 Every run is the demo's own training at another learning rate, with one evaluation at the end. A finished run in
-``--output_dir`` is not made again, so a sweep can be stopped, continued and widened; the table shows all there are.
+``--output_dir`` is not made again, so a sweep can be stopped, continued and widened; the tables show all there are.
 """
 
 import argparse
 import datetime
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from demo import CONTENDERS, STEPS, run_one
+from demo import MODELS, OPTIMIZERS, DemoModel, run_one
 from recipe_error import RecipeError
 from run_folder import commit, read_run
 
-ADAMW_GRID = (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2)
-MATRIX_GRID = (2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2)
 
-
-def finished_run(folder: Path, learning_rate: float) -> dict[str, Any] | None:
-    """Return a folder's run if it ended with results of the demo's training at this learning rate, else None."""
+def finished_run(model: DemoModel, folder: Path) -> dict[str, Any] | None:
+    """Return a folder's run if it ended with results of the demo's training, else None."""
     run = read_run(folder)
     if run is None or "results" not in run:
         return None
-    settings = run["training_arguments"]
-    is_same = settings["learning_rate"] == learning_rate and run["plan"]["steps"] == STEPS
-    return run if is_same else None
+    return run if run["identity"]["recipe"] == model.recipe and run["plan"]["steps"] == model.steps else None
 
 
-def sweep_table(runs: Sequence[dict[str, Any]], date: datetime.date) -> str:
-    """Format a sweep as a Markdown page: a row for each optimizer, a column for each learning rate, the best bold."""
+def sweep_table(runs: Sequence[dict[str, Any]]) -> str:
+    """Format a model's sweep as a Markdown table: a row for each optimizer, a column for each rate, the best bold."""
     losses: dict[str, dict[float, float]] = {}
     for run in runs:
         rates = losses.setdefault(run["identity"]["optim"], {})
-        rates[run["training_arguments"]["learning_rate"]] = run["results"]["eval_loss"]
+        loss = run["results"]["eval_loss"]
+        rates[run["training_arguments"]["learning_rate"]] = float("inf") if loss is None else loss
     columns = sorted({rate for rates in losses.values() for rate in rates})
     lines = [
         "| optimizer | " + " | ".join(f"{rate:g}" for rate in columns) + " | best | bracketed |",
@@ -50,15 +47,26 @@ def sweep_table(runs: Sequence[dict[str, Any]], date: datetime.date) -> str:
         ]
         is_bracketed = min(rates) < best < max(rates)
         lines.append(f"| {optim} | {' | '.join(cells)} | {best:g} | {'yes' if is_bracketed else 'no, at an end'} |")
-    run = runs[0]
-    versions, hardware, plan = run["versions"], run["hardware"], run["plan"]
-    return f"""# Learning rates of the demo
+    return "\n".join(lines)
 
-Last validation loss (nats a token) of Qwen2.5 form `tiny` ({run["parameters"]:,} parameters) after {plan["steps"]}
-steps of {plan["tokens_per_step"]:,} tokens of the bundled novels, by learning rate. Same weights, batches, warm-up and
-cosine in every run; one seed.
 
-{chr(10).join(lines)}
+def sweep_page(sweeps: Mapping[DemoModel, Sequence[dict[str, Any]]], date: datetime.date) -> str:
+    """Write the page: a section for each model, then how it was made."""
+    page = "# Learning rates of the demo\n"
+    for model, runs in sweeps.items():
+        plan = runs[0]["plan"]
+        page += f"""
+## {model.label}
+
+Last validation loss (nats a token) of {model.label} form `tiny` ({runs[0]["parameters"]:,} parameters) after
+{plan["steps"]} steps of {plan["tokens_per_step"]:,} tokens of the bundled sample, by learning rate.
+
+{sweep_table(runs)}
+"""
+    run = next(iter(sweeps.values()))[0]
+    versions, hardware = run["versions"], run["hardware"]
+    return f"""{page}
+Same weights, batches, warm-up and cosine in every run of a model; one seed.
 
 {date.isoformat()}, seed {run["identity"]["seed"]}, {hardware["cpu"]}, {hardware["torch_threads"]} threads,
 Python {versions["python"]}, torch {versions["torch"]}, transformers {versions["transformers"]}, commit
@@ -68,29 +76,39 @@ Python {versions["python"]}, torch {versions["torch"]}, transformers {versions["
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--optim", default=",".join(contender.optim for contender in CONTENDERS))
+    parser.add_argument("--model", default=",".join(model.recipe for model in MODELS))
+    parser.add_argument("--optim", default=",".join(OPTIMIZERS))
     parser.add_argument("--learning_rate", help="comma-separated; default: the grid of each optimizer")
     parser.add_argument("--output_dir", type=Path, default=Path("out/sweep"))
     parser.add_argument("--table", type=Path, help="Markdown file to write; printed in any case")
     arguments = parser.parse_args()
-    known = {contender.optim: contender for contender in CONTENDERS}
+    recipes = arguments.model.split(",")
+    sweeps: dict[DemoModel, list[dict[str, Any]]] = {}
     try:
-        for optim in arguments.optim.split(","):
-            grid: tuple[float, ...] = ADAMW_GRID if optim.startswith("adamw") else MATRIX_GRID
-            if arguments.learning_rate is not None:
-                grid = tuple(map(float, arguments.learning_rate.split(",")))
-            for rate in grid:
-                folder = arguments.output_dir / f"{optim}-{rate:g}"
-                if finished_run(folder, rate) is None:
-                    run_one(optim, rate, folder, ["--eval_steps", str(STEPS), "--logging_steps", "20"])
-        order = list(known)
-        runs = [run for folder in arguments.output_dir.iterdir() if (run := read_run(folder)) and "results" in run]
-        runs = [run for run in runs if run["plan"]["steps"] == STEPS]
-        runs.sort(key=lambda run: (order.index(run["identity"]["optim"]), run["training_arguments"]["learning_rate"]))
+        for model in MODELS:
+            folder = arguments.output_dir / model.recipe
+            for optim in arguments.optim.split(",") if model.recipe in recipes else ():
+                grid = model.adamw_grid if optim.startswith("adamw") else model.matrix_grid
+                if arguments.learning_rate is not None:
+                    grid = tuple(map(float, arguments.learning_rate.split(",")))
+                for rate in grid:
+                    if finished_run(model, folder / f"{optim}-{rate:g}") is None:
+                        flags = ["--eval_steps", str(model.steps), "--logging_steps", "20"]
+                        run_one(model, optim, rate, folder / f"{optim}-{rate:g}", flags)
+            folders = sorted(folder.iterdir()) if folder.is_dir() else []
+            if runs := [run for each in folders if (run := finished_run(model, each)) is not None]:
+                order = list(OPTIMIZERS)
+                runs.sort(key=lambda run: order.index(run["identity"]["optim"]))
+                sweeps[model] = runs
     except (RecipeError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    page = sweep_table(runs, datetime.date.today())
+    if not sweeps:
+        print(
+            f"error: --model {arguments.model}: it is of {', '.join(each.recipe for each in MODELS)}", file=sys.stderr
+        )
+        return 2
+    page = sweep_page(sweeps, datetime.date.today())
     print(page)
     if arguments.table is not None:
         arguments.table.parent.mkdir(parents=True, exist_ok=True)

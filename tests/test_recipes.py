@@ -15,6 +15,9 @@ import pretrain
 import pytest
 import qwen2_5
 import torch
+from recipe_arguments import parse_arguments
+from recipe_error import RecipeError
+from run_folder import clear_run, is_finished, read_run
 from safetensors.torch import load_file
 from tiny_recipe import ALICE, RECIPES, ROOT, TOKENIZER, contents, flags, losses, run, without, write_text
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -52,10 +55,10 @@ def tokenizer() -> Any:
         (["--train_data", "{bad}/binary.txt"], "cannot read"),
         (["--train_data", "{bad}/notes.pdf"], "notes.pdf is not a kind of file that is read here"),
         (["--train_data", "{bad}/rows.csv"], "no column 'text'; give --text_column one of number, words"),
-        (["--train_data", "{bad}/rows.csv", "--text_column", "number"], "not text"),
+        (["--train_data", "{bad}/rows.jsonl", "--text_column", "number"], "not text"),
         (["--train_data", "{text}/validation.txt"], "is in --train_data and in --validation_data"),
         (["--block_size", "1024", "--tokens_per_step", "1024", "--validation_data", "{text}/train.txt",
-          "--train_data", "{text}/validation.txt"], "less than one block: --block_size is 1,024"),
+          "--train_data", "{text}/validation.txt"], "--block_size is 1,024"),
         (["--block_size", "2048"], "this model has 1,024 positions"),
         (["--block_size", "1"], "--block_size is 1; it must be at least 2"),
         (["--tokens_per_step", "100"], "no multiple of 1 devices x a block of 32 tokens"),
@@ -65,8 +68,18 @@ def tokenizer() -> Any:
         (["--optim", "mud", "--optim_args", "pases=2"], "--optim mud:"),
         (["--optim", "muon", "--learning_rate", "-1"], "--optim muon:"),
         (["--optim", "adamuon", "--optim_args", "exclude=.*"], "--optim adamuon: nothing to orthogonalise"),
-        (["--resume_from_checkpoint", "true"], "holds no checkpoint"),
-        (["--resume_from_checkpoint", "{bad}"], "no checkpoint of a run there"),
+        (["--resume_from_checkpoint", "true"], "holds no whole checkpoint"),
+        (["--resume_from_checkpoint", "{bad}"], "no whole checkpoint of a run there"),
+        (["--schedule", "cosin"], "--schedule cosin: it is one of warmup_stable, cosine; did you mean cosine?"),
+        (["--schedule", "cosine", "--lr_scheduler_type", "linear"], "give only one of --schedule, --lr_scheduler"),
+        (["--decay", "0.2"], "--decay belongs to --schedule warmup_stable"),
+        (["--schedule", "warmup_stable", "--floor", "0.1"], "--floor has no effect on --schedule warmup_stable"),
+        (["--schedule", "warmup_stable", "--decay", "2", "--warmup_steps", "2"], "do not fit in 3 steps"),
+        (["--floor", "1"], "--floor is 1.0; it must be in [0, 1)"),
+        (["--stop_after", "0"], "--stop_after is 0; it must be at least 1"),
+        (["--attention", "flash"], "--attention flash"),
+        (["--label_smoothing_factor", "0.1"], "a language model is trained here without"),
+        (["--streaming", "--dataloader_num_workers", "2"], "a stream keeps its place in the main process"),
     ],
 )  # fmt: skip
 def test_bad_input_is_one_error_and_writes_nothing(
@@ -79,6 +92,7 @@ def test_bad_input_is_one_error_and_writes_nothing(
     (bad / "blank.txt").write_text(" \n\n \n")
     (bad / "binary.txt").write_bytes(bytes(range(128, 256)) * 8)
     (bad / "notes.pdf").write_text("words")
+    (bad / "rows.jsonl").write_text('{"number": 1}')
     (bad / "rows.csv").write_text("number,words\n1,one\n2,two\n")
     output = tmp_path / "out"
     more = [flag.format(text=text, bad=bad) for flag in more]
@@ -92,7 +106,7 @@ def test_bad_input_is_one_error_and_writes_nothing(
 def test_a_holdout_of_less_than_a_block_is_refused(text: Path, cache: str, tmp_path: Path, capsys: Any) -> None:
     argv = flags(text, cache, tmp_path / "out", "--validation_fraction", "1e-9")
     assert run(without(argv, "--validation_data")) == 2
-    assert "holds out less than one block of 32 tokens: raise it" in capsys.readouterr().err
+    assert "holds out none: raise it" in capsys.readouterr().err
 
 
 def test_a_data_set_that_cannot_be_loaded_is_refused(text: Path, cache: str, tmp_path: Path, capsys: Any) -> None:
@@ -179,7 +193,8 @@ def test_resumed_equals_uninterrupted(text: Path, cache: str, tmp_path: Path, op
     )
     assert run(flags(text, cache, whole, *more)) == 0
     resumed.mkdir()
-    shutil.copy(whole / "run.json", resumed)
+    for name in ("run.json", "log.jsonl"):
+        shutil.copy(whole / name, resumed)
     shutil.copytree(whole / "checkpoint-2", resumed / "checkpoint-2")
     assert run(flags(text, cache, resumed, *more, "--resume_from_checkpoint", "true")) == 0
     assert losses(resumed) == losses(whole)
@@ -239,5 +254,42 @@ def test_dry_run_shows_the_plan_and_writes_nothing(text: Path, cache: str, tmp_p
     assert '"optim": "mud"' in shown
     assert "q_proj" in shown
     assert run([*argv, "--num_train_epochs", "2"]) == 0
-    assert "steps a pass over the text" in capsys.readouterr().out
+    assert "steps a pass over the data" in capsys.readouterr().out
     assert not output.exists()
+
+
+def test_dry_run_of_a_large_preset_needs_no_network(tmp_path: Path, capsys: Any, monkeypatch: Any) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    argv = ["--preset", "small", "--max_steps", "1000", "--tokenizer", str(tmp_path / "nothing"), "--dry_run"]
+    assert run([*argv, "--use_cpu", "true", "--optim", "mud", "--output_dir", str(tmp_path / "out")], "gpt2") == 0
+    shown = capsys.readouterr()
+    assert "123,606,528 parameters; 1,000 steps of 491,520 tokens = 491,520,000 tokens" in shown.out
+    assert "8.55e+08 FLOPs for one of the tokens, 4.2e+17 in all: 0.295 hours of one H100 at 40%" in shown.out
+    assert "nothing cannot be loaded" in shown.err
+    assert run([*argv[:-1], "--output_dir", str(tmp_path / "out")], "gpt2") == 2
+    assert not (tmp_path / "out").exists()
+
+
+def test_several_gpus_in_one_process_are_refused(text: Path, cache: str, tmp_path: Path) -> None:
+    argv = flags(text, cache, tmp_path / "out")
+    preset, arguments, training, given = parse_arguments("qwen2_5", qwen2_5.PRESETS, argv)
+    assert training.n_gpu == 0
+    training._n_gpu = 4  # what TrainingArguments counts
+    with pytest.raises(RecipeError, match="one process sees 4 GPUs: start one for each"):
+        pretrain.pretrain("qwen2_5", preset, arguments, training, given)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_is_cleared_without_a_moment_in_which_it_looks_finished(tmp_path: Path) -> None:
+    for name in ("checkpoint-2", "checkpoint-best", "mine"):
+        (tmp_path / name).mkdir()
+    for name in ("run.json", "log.jsonl", "model.safetensors", "notes.txt"):
+        (tmp_path / name).write_text("{}")
+    clear_run(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-best", "mine", "notes.txt", "run.json"]
+    assert read_run(tmp_path) == {"identity": {}}
+    assert not is_finished(tmp_path)
+    (tmp_path / "run.json").unlink()
+    (tmp_path / "log.jsonl").write_text("not of a run")
+    clear_run(tmp_path)
+    assert (tmp_path / "log.jsonl").exists()

@@ -1,11 +1,18 @@
-"""What the tests of the recipes share: a few kilobytes of text, and the command line of a run of a few steps."""
+"""What the tests of the recipes share: a few kilobytes of text, and the command lines of runs of a few steps."""
 
+import importlib
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pretrain
-import qwen2_5
+import torch
+from run_log import read_log
+from safetensors.torch import load_file
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPES = ROOT / "recipes"
@@ -13,6 +20,22 @@ NOVELS = RECIPES / "data" / "novels"
 TOKENIZER = RECIPES / "data" / "tokenizer"
 ALICE = (NOVELS / "train" / "alices_adventures_in_wonderland.txt").read_text(encoding="utf-8")
 THURSDAY = (NOVELS / "validation" / "the_man_who_was_thursday.txt").read_text(encoding="utf-8")
+FAMILIES = ("qwen2_5", "gpt2", "esm2", "cifar10")
+ENVIRONMENT = {
+    **os.environ,
+    "HF_HUB_OFFLINE": "1",
+    "HF_DATASETS_OFFLINE": "1",
+    "PYTHONPATH": str(ROOT),
+    "OMP_NUM_THREADS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+# Small enough for a step of milliseconds; the proteins and the digits are those of the repository.
+SMALL = {
+    "qwen2_5": ("--block_size", "32", "--tokens_per_step", "128"),
+    "gpt2": ("--block_size", "32", "--tokens_per_step", "128"),
+    "esm2": ("--block_size", "48", "--tokens_per_step", "192", "--validation_samples", "16"),
+    "cifar10": ("--tokens_per_step", "32", "--validation_samples", "16"),
+}
 
 
 def write_text(folder: Path) -> Path:
@@ -22,12 +45,14 @@ def write_text(folder: Path) -> Path:
     return folder
 
 
-def flags(text: Path, cache: str, output: Path, *more: str) -> list[str]:
+def flags(text: Path, cache: str, output: Path, *more: str, family: str = "qwen2_5") -> list[str]:
+    """Command line of three steps of a family's tiny preset."""
+    data = ("--train_data", str(text / "train.txt"), "--validation_data", str(text / "validation.txt"))
     return [
         *("--preset", "tiny", "--output_dir", str(output), "--cache_dir", cache, "--disable_tqdm", "true"),
-        *("--train_data", str(text / "train.txt"), "--validation_data", str(text / "validation.txt")),
-        *("--block_size", "32", "--tokens_per_step", "128", "--warmup_steps", "0", "--logging_steps", "1"),
-        *("--max_steps", "3", "--use_cpu", "true", *more),
+        *(data if family in ("qwen2_5", "gpt2") else ()),
+        *SMALL[family],
+        *("--warmup_steps", "0", "--logging_steps", "1", "--max_steps", "3", "--use_cpu", "true", *more),
     ]
 
 
@@ -36,13 +61,41 @@ def without(argv: list[str], flag: str) -> list[str]:
     return argv[:index] + argv[index + 2 :]
 
 
-def run(argv: Sequence[str]) -> int:
-    return pretrain.main("qwen2_5", qwen2_5.PRESETS, argv)
+def run(argv: Sequence[str], family: str = "qwen2_5") -> int:
+    """Run a recipe in this process; returns its exit status."""
+    return pretrain.main(family, importlib.import_module(family).PRESETS, argv)
 
 
-def losses(output: Path) -> list[float]:
-    history = json.loads((output / "trainer_state.json").read_text())["log_history"]
-    return [log["loss"] for log in history if "loss" in log]
+def run_process(argv: Sequence[str], family: str, *launch: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """Run a recipe as a person does, or below a launcher."""
+    command = [sys.executable, *launch, str(RECIPES / f"{family}.py"), *argv]
+    return subprocess.run(command, cwd=cwd, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+
+
+def record(output: Path) -> dict[str, Any]:
+    """Contents of a run's ``run.json``."""
+    contents: dict[str, Any] = json.loads((output / "run.json").read_text())
+    return contents
+
+
+def losses(output: Path, kind: str = "train") -> list[float]:
+    return [entry["loss"] for entry in read_log(output) if entry["kind"] == kind]
+
+
+def untimed_log(output: Path) -> list[dict[str, Any]]:
+    """A run's log without what depends on the clock."""
+    timed = ("train_seconds", "tokens_per_second", "optimizer_seconds", "mfu")
+    return [{key: value for key, value in entry.items() if key not in timed} for entry in read_log(output)]
+
+
+def weights(output: Path) -> dict[str, torch.Tensor]:
+    return load_file(output / "model.safetensors")
+
+
+def assert_same_weights(one: Path, other: Path) -> None:
+    before, after = weights(one), weights(other)
+    assert before.keys() == after.keys()
+    assert [name for name in before if not torch.equal(before[name], after[name])] == []
 
 
 def contents(folder: Path) -> dict[str, bytes]:

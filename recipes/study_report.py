@@ -1,0 +1,404 @@
+"""The report of a comparison: ``report.md``, ``curves.png`` and ``metrics.json``."""
+
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from recipe_error import RecipeError
+from study_metrics import (
+    WINDOW,
+    Curve,
+    Group,
+    Run,
+    choose_baseline,
+    compare_groups,
+    differences,
+    first_reached,
+    group_runs,
+    has_horizon,
+    targets_of,
+)
+
+REPORT_FILE, CURVES_FILE, METRICS_FILE = "report.md", "curves.png", "metrics.json"
+NOT_REACHED = "not reached"
+SPEEDUP_POINTS = 60
+UNSTEADY = 0.1  # deviation of the speed over its mean above which times are doubted
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """One optimizer's learning rates that were tried, with the loss of each, infinite where a run diverged.
+
+    Attributes:
+        optimizer: with its options, as in the tables.
+        losses: last loss by learning rate.
+        steps: of each of these runs, where they were shorter than the runs compared.
+    """
+
+    optimizer: str
+    losses: Mapping[float, float]
+    steps: int | None = None
+
+    @property
+    def best(self) -> float:
+        return min(self.losses, key=self.losses.__getitem__)
+
+    @property
+    def is_bracketed(self) -> bool:
+        """Whether a lower and a higher learning rate were worse."""
+        return min(self.losses) < self.best < max(self.losses)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Groups of runs measured against one of them."""
+
+    groups: Sequence[Group]
+    baseline: Group
+    perplexity: bool
+    targets: Sequence[float]
+    measured: Sequence[Mapping[str, Any]]
+    differences: Sequence[str]
+    sweeps: Sequence[Sweep] = ()
+
+    @property
+    def unit(self) -> str:
+        """What the log counts as tokens."""
+        return str(self.baseline.runs[0].record.get("unit", "tokens"))
+
+    @property
+    def optimizers_are_tuned(self) -> bool:
+        """Whether every optimizer has its learning rate from a sweep that brackets it."""
+        swept = {sweep.optimizer for sweep in self.sweeps if sweep.is_bracketed}
+        return all(group.runs[0].optimizer in swept for group in self.groups)
+
+
+def compare(
+    runs: Sequence[Run],
+    *,
+    baseline: str | None = None,
+    targets: Sequence[float] | None = None,
+    sweeps: Sequence[Sweep] = (),
+) -> Comparison:
+    """Measure runs against the baseline among them.
+
+    Args:
+        runs: of at least one optimizer.
+        baseline: name of an optimizer; None takes the best AdamW, else the first.
+        targets: validation perplexities (losses where there is no perplexity) for the table of times; None takes the
+            baseline's own at half, three quarters and the end.
+        sweeps: how the learning rates were found.
+
+    Raises:
+        RecipeError: if there are no runs, or two of the same optimizer, learning rate and seed.
+    """
+    if not runs:
+        raise RecipeError("there are no runs to compare")
+    groups = group_runs(runs)
+    reference = choose_baseline(groups, baseline)
+    perplexity = any("perplexity" in record for run in runs for record in run.log if record["kind"] == "eval")
+    chosen = list(targets) if targets is not None else targets_of(reference, perplexity=perplexity)
+    measured = compare_groups(groups, reference, chosen, perplexity=perplexity)
+    return Comparison(groups, reference, perplexity, chosen, measured, differences(runs), sweeps)
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Format a Markdown table."""
+    lines = [f"| {' | '.join(header)} |", "| --- |" + " --- |" * (len(header) - 1)]
+    return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)])
+
+
+def cell(spread: Mapping[str, Any], form: str, factor: float = 1.0, missing: str = "") -> str:
+    """Format a mean with its deviation, and how many of the runs have a value where not all do."""
+    if not spread["count"]:
+        return missing
+    text = format(factor * spread["mean"], form)
+    if spread["deviation"] is not None:
+        text += f" ± {format(factor * spread['deviation'], form.replace('+', ''))}"
+    return text if spread["count"] == spread["runs"] else f"{text} ({spread['count']} of {spread['runs']})"
+
+
+def loss_cell(measured: Mapping[str, Any], key: str) -> str:
+    """Format a loss; a group of which all runs diverged says so."""
+    return cell(measured[key], ".4f", missing="diverged" if measured["diverged"] else "")
+
+
+def perplexity_cell(measured: Mapping[str, Any]) -> str:
+    """Format the perplexity of the mean loss."""
+    mean = measured["validation_loss"]["mean"]
+    return "" if mean is None else f"{math.exp(min(mean, 700)):.2f}"
+
+
+def losses_table(comparison: Comparison) -> str:
+    """Final losses, and tokens to the baseline's (the form of the AdaMuon paper's comparison)."""
+    name = comparison.baseline.label
+    header = ["optimizer", "learning rate", "seeds", "training loss", "validation loss", f"less {name}'s"]
+    header += ["perplexity"] if comparison.perplexity else []
+    has_accuracy = any(measured["accuracy"]["count"] for measured in comparison.measured)
+    header += ["accuracy"] if has_accuracy else []
+    header += [f"{comparison.unit} to {name}'s training loss", "saved"]
+    rows = []
+    for measured in comparison.measured:
+        row = [measured["label"], f"{measured['learning_rate']:g}", str(len(measured["seeds"]))]
+        row += [loss_cell(measured, "training_loss"), loss_cell(measured, "validation_loss")]
+        row += [cell(measured["validation_loss_difference"], "+.4f")]
+        row += [perplexity_cell(measured)] if comparison.perplexity else []
+        row += [cell(measured["accuracy"], ".2f", 100) + " %"] if has_accuracy else []
+        row += [cell(measured["tokens_to_baseline_loss"], ",.0f", missing=NOT_REACHED)]
+        saving = cell(measured["token_saving"], "+.1f", 100, missing="")
+        rows.append([*row, f"{saving} %" if saving else ""])
+    return table(header, rows)
+
+
+def times_table(comparison: Comparison) -> str:
+    """Training seconds to validation values, and the speed-up (the form of the MUD paper's comparison)."""
+    word = "perplexity" if comparison.perplexity else "loss"
+    header = ["optimizer"]
+    for target in comparison.targets:
+        header += [f"seconds to {word} {target:.4g}", "speed-up"]
+    rows = []
+    for measured in comparison.measured:
+        row = [measured["label"]]
+        for reached in measured["time_to"]:
+            row += [cell(reached["seconds"], ",.1f", missing=NOT_REACHED), cell(reached["speedup"], ".2f")]
+        rows.append(row)
+    return table(header, rows)
+
+
+def throughput_table(comparison: Comparison) -> str:
+    """Speed of training and the optimizer's part in it."""
+    reference = next(m for m in comparison.measured if m["label"] == comparison.baseline.label)
+    header = ["optimizer", f"{comparison.unit} a second", "relative", "optimizer ms a step", "its share", "MFU"]
+    rows = []
+    for measured in comparison.measured:
+        speed, base = measured["tokens_per_second"]["mean"], reference["tokens_per_second"]["mean"]
+        share = cell(measured["optimizer_share"], ".1f", 100)
+        mfu = cell(measured["mfu"], ".1f", 100)
+        rows.append(
+            [
+                measured["label"],
+                cell(measured["tokens_per_second"], ",.0f"),
+                f"{speed / base:.2f}" if speed and base else "",
+                cell(measured["optimizer_ms_per_step"], ".2f"),
+                f"{share} %" if share else "",
+                f"{mfu} %" if mfu else "",
+            ]
+        )
+    return table(header, rows)
+
+
+def sweep_table(sweeps: Sequence[Sweep]) -> str:
+    """Final loss by learning rate, the best of each optimizer bold."""
+    rates = sorted({rate for sweep in sweeps for rate in sweep.losses})
+    rows = []
+    for sweep in sweeps:
+        cells = []
+        for rate in rates:
+            loss = sweep.losses.get(rate)
+            text = "" if loss is None else "diverged" if math.isinf(loss) else f"{loss:.4f}"
+            cells.append(f"**{text}**" if rate == sweep.best and text else text)
+        rows.append([sweep.optimizer, *cells, f"{sweep.best:g}", "yes" if sweep.is_bracketed else "no, at an end"])
+    return table(["optimizer", *(f"{rate:g}" for rate in rates), "best", "bracketed"], rows)
+
+
+def notes(comparison: Comparison) -> list[str]:
+    """Say what the numbers can and cannot show."""
+    found = []
+    if not comparison.optimizers_are_tuned:
+        found.append(
+            "Not every optimizer has its learning rate from a sweep of its own that brackets it (`--sweep_lr`): these "
+            "are measurements of runs, not a comparison of optimizers."
+        )
+    if any(has_horizon(group.runs[0]) for group in comparison.groups):
+        found.append(
+            "The schedule has a horizon: a run cut short would have decayed earlier, so tokens and seconds to a value "
+            "say less than the final losses. A schedule without one (`--schedule warmup_stable --decay 0`) is fair."
+        )
+    if any(sweep.steps for sweep in comparison.sweeps):
+        steps = ", ".join(sorted({f"{sweep.steps:,}" for sweep in comparison.sweeps if sweep.steps}))
+        found.append(f"Learning rates are the best of runs of {steps} steps; longer runs may want lower ones.")
+    if (preset := str(comparison.baseline.runs[0].record["identity"].get("preset"))) == "tiny":
+        found.append(f"The preset `{preset}` is a smoke test, not evidence.")
+    if (seeds := min(len(group.runs) for group in comparison.groups)) < 3:
+        found.append(f"Only {seeds} seed{'s' if seeds > 1 else ''} for some optimizer: the spread is not known well.")
+    for measured in comparison.measured:
+        for seed, step in measured["diverged"].items():
+            found.append(f"{measured['label']}, seed {seed}: diverged, the loss was not finite at step {step:,}.")
+        speed = measured["tokens_per_second"]
+        if speed["deviation"] and speed["deviation"] > UNSTEADY * speed["mean"]:
+            found.append(
+                f"{measured['label']}: tokens a second vary by {speed['deviation'] / speed['mean']:.0%} between "
+                "seeds; something else used the machine, so seconds do not compare."
+            )
+        if measured["unfinished"]:
+            seeds_left = ", ".join(map(str, measured["unfinished"]))
+            found.append(f"{measured['label']}: not finished, seed {seeds_left}.")
+    return found + [f"Not the same in all runs: {difference}." for difference in comparison.differences]
+
+
+def report(comparison: Comparison) -> str:
+    """Write the report as Markdown."""
+    record = comparison.baseline.runs[0].record
+    identity, plan, versions, machine = (record[key] for key in ("identity", "plan", "versions", "hardware"))
+    schedule = identity.get("schedule") or {}
+    devices = ", ".join(machine.get("gpus") or []) or f"{machine.get('cpu')}, {machine.get('torch_threads')} threads"
+    seeds = sorted({run.seed for group in comparison.groups for run in group.runs})
+    value = "perplexity" if comparison.perplexity else "loss"
+    rate = f"{schedule.get('lr_scheduler_type', 'unknown')}, {schedule.get('warmup_steps', 0):g} steps of warm-up"
+    name = comparison.baseline.label
+    parts = [
+        f"# {identity['recipe']} {identity['preset']}: {', '.join(group.label for group in comparison.groups)}",
+        f"{record.get('parameters', 0):,} parameters; {plan['steps']:,} steps of {plan['tokens_per_step']:,} "
+        f"{comparison.unit}; schedule {rate}; seeds {', '.join(map(str, seeds))}. Measured against {name}.",
+        "## Losses",
+        losses_table(comparison),
+        f"Losses in nats; training losses are rolling means of {WINDOW} logged values; differences are between runs "
+        "with the same seed. "
+        f"{comparison.unit.capitalize()} to the last training loss of {name} with the same seed, linear between logs; "
+        "saved is (a - b) / a of its own. Mean ± standard deviation over seeds; (2 of 3) counts the runs that have a "
+        "value.",
+    ]
+    if comparison.targets:
+        parts += [
+            f"## Time to {value}",
+            times_table(comparison),
+            f"Training seconds (without evaluation, saving and the first compilation) to a validation {value}, linear "
+            f"between evaluations; speed-up is {name}'s seconds by those of the run with the same seed.",
+        ]
+    parts += ["## Throughput", throughput_table(comparison)]
+    if comparison.sweeps:
+        parts += ["## Learning rates", sweep_table(comparison.sweeps)]
+    if found := notes(comparison):
+        parts += ["## Read with care", "\n".join(f"- {note}" for note in found)]
+    parts += [
+        f"![Curves]({CURVES_FILE})",
+        f"{devices}; {record.get('world_size', 1)} process(es); {identity.get('precision', '')}. "
+        + ", ".join(f"{name} {version}" for name, version in versions.items() if version)
+        + f"; commit {record.get('commit') or 'unknown'}.",
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def mean_curve(curves: Sequence[Curve]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Return x, and the mean, lowest and highest y of several curves where all of them have values."""
+    known = [curve for curve in curves if curve.x]
+    if not known:
+        return (np.empty(0),) * 4
+    low, high = max(curve.x[0] for curve in known), min(curve.x[-1] for curve in known)
+    x = np.unique(np.concatenate([curve.x for curve in known]))
+    x = x[(x >= low) & (x <= high)]
+    values = np.stack([np.interp(x, curve.x, curve.y) for curve in known])
+    return x, values.mean(0), values.min(0), values.max(0)
+
+
+def speedup_curve(group: Group, baseline: Group, *, perplexity: bool) -> Curve:
+    """Return the speed-up over validation values, mean over the seeds, where all seeds of both reach the value."""
+    pairs = [
+        tuple(one.validation("train_seconds", perplexity=perplexity) for one in (run, base))
+        for run in group.runs
+        if (base := baseline.of_seed(run.seed)) is not None
+    ]
+    pairs = [pair for pair in pairs if all(curve.y for curve in pair)]
+    if not pairs:
+        return Curve((), ())
+    high = min(curve.y[0] for pair in pairs for curve in pair)
+    low = max(min(curve.y) for pair in pairs for curve in pair)
+    points = []
+    for target in np.linspace(high, low, SPEEDUP_POINTS) if low < high < math.inf else ():
+        factors = [
+            reference / seconds
+            for run, base in pairs
+            if (seconds := first_reached(run, target)) and (reference := first_reached(base, target)) is not None
+        ]
+        if len(factors) == len(pairs):
+            points.append((float(target), sum(factors) / len(factors)))
+    return Curve(tuple(x for x, _ in points), tuple(y for _, y in points))
+
+
+def draw_curves(comparison: Comparison, path: Path) -> None:
+    """Draw loss over tokens (bands span the seeds), validation over seconds, speed-up over the validation value."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    value = "perplexity" if comparison.perplexity else "loss"
+    figure, axes = plt.subplots(1, 3, figsize=(18, 5.2), layout="constrained")
+    highest = []
+    for group in comparison.groups:
+        label = f"{group.label} (lr {group.learning_rate:g})"
+        x, mean, low, high = mean_curve([run.training() for run in group.runs])
+        (line,) = axes[0].plot(x, mean, label=label, linewidth=1.6)
+        color = line.get_color()
+        axes[0].fill_between(x, low, high, color=color, alpha=0.2, linewidth=0)
+        highest.append((axes[0], x, mean))
+        for number, run in enumerate(group.runs):  # seconds differ between seeds: no mean over them
+            times = run.validation("train_seconds", perplexity=comparison.perplexity)
+            axes[1].plot(*times, color=color, label=None if number else label, linewidth=1.2, marker="o", markersize=2)
+            highest.append((axes[1], *map(np.asarray, times)))
+        curve = speedup_curve(group, comparison.baseline, perplexity=comparison.perplexity)
+        axes[2].plot(*curve, color=color, label=label, linewidth=1.6)
+    data = comparison.baseline.runs[0].record.get("data") or {}
+    if entropy := (data.get("train") or {}).get("unigram_entropy"):
+        axes[0].axhline(entropy, color="gray", linestyle=":", linewidth=1, label="unigram entropy")
+    axes[0].set(
+        xlabel=f"training {comparison.unit}", ylabel="loss (nats)", title=f"training, rolling mean of {WINDOW}"
+    )
+    axes[1].set(xlabel="training seconds", ylabel=f"validation {value}", title=f"validation {value} over time")
+    axes[2].set(
+        xlabel=f"validation {value}", ylabel="times faster", title=f"speed-up over {comparison.baseline.label}"
+    )
+    axes[2].invert_xaxis()
+    for axis in axes[:2]:
+        crop_start(axis, [(x, y) for one, x, y in highest if one is axis])
+    for axis in axes:
+        axis.grid(alpha=0.3)
+        axis.legend(frameon=False, fontsize=9)
+    record = comparison.baseline.runs[0].record
+    figure.suptitle(f"{record['identity']['recipe']} {record['identity']['preset']}")
+    partial = path.with_name(f".{path.name}")
+    figure.savefig(partial, dpi=130, format="png")
+    plt.close(figure)
+    os.replace(partial, path)
+
+
+def crop_start(axis: Any, curves: Sequence[tuple[np.ndarray, np.ndarray]]) -> None:
+    """Leave the steep start of curves out of the picture, so that their differences later can be seen."""
+    later = [y[x >= x[0] + (x[-1] - x[0]) / 10] for x, y in curves if len(x)]
+    values = np.concatenate([y[np.isfinite(y)] for y in later]) if later else np.empty(0)
+    if len(values) > 2 and values.min() < values.max():
+        margin = 0.05 * (values.max() - values.min())
+        axis.set_ylim(values.min() - margin, values.max() + margin)
+
+
+def write_report(comparison: Comparison, folder: Path) -> None:
+    """Write the report, the picture and the metrics into a folder, each whole or not at all."""
+    folder.mkdir(parents=True, exist_ok=True)
+    metrics = {
+        "baseline": comparison.baseline.label,
+        "targets": list(comparison.targets),
+        "target_is_perplexity": comparison.perplexity,
+        "rolling_mean": WINDOW,
+        "optimizers": list(comparison.measured),
+        "sweeps": {
+            sweep.optimizer: {
+                "losses": {f"{rate:g}": None if math.isinf(loss) else loss for rate, loss in sweep.losses.items()},
+                "best": sweep.best,
+                "bracketed": sweep.is_bracketed,
+            }
+            for sweep in comparison.sweeps
+        },
+        "tuned": comparison.optimizers_are_tuned,
+        "differences": list(comparison.differences),
+    }
+    contents = {REPORT_FILE: report(comparison), METRICS_FILE: json.dumps(metrics, indent=2, allow_nan=False) + "\n"}
+    for name, text in contents.items():
+        partial = folder / f".{name}"
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, folder / name)
+    draw_curves(comparison, folder / CURVES_FILE)
