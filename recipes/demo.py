@@ -71,9 +71,9 @@ MODELS = (
         "esm2",
         150,
         "1 MB of proteins, validation on proteins of other families",
-        {"adamw_torch_fused": 1e-3, "muon": 4e-3, "adamuon": 2e-3, "adamuon_v1": 4e-3, "mud": 4e-3},
+        {"adamw_torch_fused": 1e-3, "muon": 2e-3, "adamuon": 2e-3, "adamuon_v1": 2e-3, "mud": 2e-3},
         (5e-4, 1e-3, 2e-3),
-        (1e-3, 2e-3, 4e-3, 8e-3),
+        (1e-3, 2e-3, 4e-3),
     ),
 )
 
