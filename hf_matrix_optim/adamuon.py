@@ -175,7 +175,11 @@ class AdaMuon(MatrixOptimizer):
         deviation = second_moment.sqrt()
         if is_v1:
             deviation.div_(math.sqrt(1 - beta2**step))
-        adapted = orthogonal.div_(deviation.add_(group["eps"]))
+        if group["eps"] > 0:
+            deviation.add_(group["eps"])
+        else:
+            deviation.clamp_(min=torch.finfo(deviation.dtype).tiny)  # 0 / 0 is 0
+        adapted = orthogonal.div_(deviation)
         norm = torch.linalg.vector_norm(adapted, dim=(-2, -1), keepdim=True)  # per matrix, (b, 1, 1)
         rms = norm / math.sqrt(adapted.size(-2) * adapted.size(-1))
         rms = rms + group["eps"] if is_v1 else torch.where(rms > 0, rms, 1)

@@ -7,7 +7,6 @@ subclass is a constructor, ``_direction``, and ``_kernel_rule`` for the kernels.
 ``adamw``.
 """
 
-import operator
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import fields
@@ -55,8 +54,9 @@ class MatrixOptimizer(Optimizer):
         O = direction(U)                     (the subclass)
         W = W - lr (s O + weight_decay W)    (s: update_scale, so that the update's root mean square is update_rms)
 
-    A matrix whose gradient or momentum is not finite is left as it is in that step and counted in
-    ``state[p]["skipped"]``, without a device synchronisation. A parameter whose ``grad`` is None is left alone.
+    A matrix whose gradient or momentum is not finite is left as it is in that step (its momentum, by the GPU kernels, up
+    to rounding) and counted in ``state[p]["skipped"]``, without a device synchronisation. A parameter whose ``grad`` is
+    None is left alone.
     """
 
     algorithm: str
@@ -160,7 +160,9 @@ class MatrixOptimizer(Optimizer):
         layout = MatrixLayout.from_group(group)
         known: dict[int, _GroupState] = self.__dict__.setdefault("_group_states", {})
         gathered = known.get(id(group))
-        if gathered is None or not gathered.is_of(group):
+        if gathered is None or not gathered.is_of(group, self.state):
+            for gone in set(known) - set(map(id, self.param_groups)):
+                del known[gone]
             states = [self._matrix_state(p, layout, group) if p.grad is not None else {} for p in group["params"]]
             gathered = known[id(group)] = _GroupState(group, states)
         lists, steps = gathered.lists_and_steps()
@@ -182,7 +184,7 @@ class MatrixOptimizer(Optimizer):
         reason = self._why_not_kernels(lists.params[0].device, layout, group)
         if reason and group["kernels"] == "triton":
             raise RuntimeError(f"kernels='triton' was asked for, but {reason}; or use kernels='auto'")
-        if reason and group["cuda_graph"]:
+        if reason and group["cuda_graph"] and not layout.flatten:
             raise RuntimeError(f"cuda_graph=True was asked for, which is for the kernels, but {reason}")
         rest: Iterable[int] = range(len(lists.params))
         if not reason:
@@ -398,7 +400,7 @@ class MatrixOptimizer(Optimizer):
 
 
 class _GroupState:
-    """The state of a matrix group's parameters, in their order; {} for one that has had no gradient yet.
+    """The states of a matrix group's parameters, in their order; {} for one that has had no gradient yet.
 
     Their counters are views of one tensor: hundreds of additions to small tensors cost the host as much as all the
     launches. A counter that is not, as after a checkpoint, makes the group be gathered anew.
@@ -408,45 +410,42 @@ class _GroupState:
         self.group = group
         self.params: list[Tensor] = list(group["params"])
         self.states = states
-        self.present = [i for i, state in enumerate(states) if state]
-        self.steps = torch.tensor([float(state.get("step", 0.0)) for state in states])
-        for state, view in zip(states, self.steps.unbind(), strict=True):
+        counts = [float(state.get("step", 0.0)) for state in states]
+        self.steps = torch.tensor(counts, dtype=torch.float32, device="cpu")
+        self.views = list(self.steps.unbind())
+        for state, view in zip(states, self.views, strict=True):
             if state:
                 state["step"] = view
-        self.tensors = self._tensors()
         self.is_together = len({p.device for p in self.params}) == 1 and not any(map(is_sharded, self.params))
 
-    def _tensors(self) -> list[list[Any]]:
-        states = [self.states[i] for i in self.present]
-        keys = ("step", "momentum_buffer", "exp_avg_sq", "skipped", "lookahead_scale")
-        return [[state.get(key) for state in states] for key in keys]
-
-    def is_of(self, group: dict[str, Any]) -> bool:
-        """Whether nothing has been put in the place of a tensor, and every parameter with a gradient has a state."""
+    def is_of(self, group: dict[str, Any], state_of: dict[Tensor, Any]) -> bool:
+        """Whether params and states are those of the optimizer, and every parameter with a gradient has a state."""
         if self.group is not group or len(self.params) != len(group["params"]):
             return False
-        if not all(map(operator.is_, self.params, group["params"])):
-            return False
-        if not all(all(map(operator.is_, old, new)) for old, new in zip(self.tensors, self._tensors(), strict=True)):
-            return False
-        return len(self.present) == len(self.params) or all(
-            state or p.grad is None for p, state in zip(self.params, self.states, strict=True)
+        return all(
+            p is known and ((state_of.get(p) is state and state["step"] is view) if state else p.grad is None)
+            for p, known, state, view in zip(group["params"], self.params, self.states, self.views, strict=True)
         )
 
     def lists_and_steps(self) -> tuple[MatrixLists, list[float]]:
         """The parameters with a gradient, and the number of this step of each, which is counted here."""
         grads: list[Any] = [p.grad for p in self.params]
-        params, of_params = self.params, grads
-        if len(self.present) < len(grads):
-            params, of_params = [self.params[i] for i in self.present], [grads[i] for i in self.present]
-        lists = MatrixLists(params, of_params, *self.tensors[1:])
-        if all(grad is not None for grad in grads):
+        stepping = [i for i, grad in enumerate(grads) if grad is not None]
+        states = [self.states[i] for i in stepping]
+        lists = MatrixLists(
+            params=[self.params[i] for i in stepping],
+            grads=[grads[i] for i in stepping],
+            momenta=[state["momentum_buffer"] for state in states],
+            second_moments=[state.get("exp_avg_sq") for state in states],
+            skipped=[state["skipped"] for state in states],
+            lookahead_scales=[state.get("lookahead_scale") for state in states],
+        )
+        if len(stepping) == len(grads):
             self.steps += 1
             return lists, self.steps.tolist()
-        stepping = [i for i, grad in enumerate(grads) if grad is not None]
-        self.steps[stepping] += 1
-        at = {i: position for position, i in enumerate(self.present)}
-        return lists.select([at[i] for i in stepping]), self.steps[stepping].tolist()
+        chosen = torch.tensor(stepping, dtype=torch.int64, device="cpu")
+        self.steps[chosen] += 1
+        return lists, self.steps[chosen].tolist()
 
 
 def has_fast_bfloat16(device: torch.device) -> bool:

@@ -276,6 +276,43 @@ def test_loading_lets_go_of_the_state_before(make):
 
 
 @each_optimizer
+def test_a_state_that_is_dropped_starts_anew(make):
+    optimizer, params = build(make)
+    run(optimizer, params, range(3))
+    optimizer.state.clear()
+    fresh, fresh_params = build(make)
+    for p, q in zip(fresh_params, params, strict=True):
+        p.data.copy_(q)
+    run(optimizer, params, range(3, 5))
+    run(fresh, fresh_params, range(3, 5))
+    for p, q in zip(fresh_params, params, strict=True):
+        assert torch.equal(p, q)
+        assert optimizer.state[q]["step"].item() == 2
+
+
+@each_optimizer
+def test_default_device_and_dtype_do_not_reach_the_counters(make):
+    optimizer, params = build(make)
+    before = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(torch.bfloat16)
+        run(optimizer, params, range(2))
+    finally:
+        torch.set_default_dtype(before)
+    matrices = [p for p in params if p.ndim > 1]
+    assert all(optimizer.state[p]["step"].dtype == torch.float32 for p in matrices)
+
+
+def test_a_zero_row_without_eps_only_decays():
+    p = nn.Parameter(torch.ones(4, 6))
+    p.grad = torch.randn(4, 6, generator=torch.Generator().manual_seed(0))
+    p.grad[2] = 0
+    AdaMuon([p], lr=0.1, weight_decay=0.0, eps=0.0).step()
+    assert torch.equal(p[2], torch.ones(6))
+    assert not torch.equal(p[1], torch.ones(6))
+
+
+@each_optimizer
 def test_steps_are_counted_for_each_parameter(make):
     optimizer, params = build(make)
     matrices = [p for p in params if p.ndim > 1]

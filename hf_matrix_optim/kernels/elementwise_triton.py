@@ -30,9 +30,9 @@ def _in_memory(i, columns, stride, PACKED: tl.constexpr):
 
 @triton.jit
 def _power_of_two_scale(bits, TOP: tl.constexpr):
-    """Brings the float32 with these bits to [2^(TOP - 5), 2^(TOP - 4))."""
+    """Brings the float32 with these bits to [2^(TOP - 5), 2^(TOP - 4)); less if it is below 2^(TOP - 131)."""
     exponent = (bits >> 23) - 127
-    return tl.exp2(tl.minimum(tl.maximum(TOP - 5 - exponent, -100), 126).to(tl.float32))
+    return tl.exp2(tl.minimum(tl.maximum(TOP - 5 - exponent, -126), 126).to(tl.float32))
 
 
 @triton.jit
@@ -72,7 +72,10 @@ def repair_kernel(
     NESTEROV: tl.constexpr, SIGN: tl.constexpr, PACKED: tl.constexpr, GRAD: tl.constexpr, MOMENTUM: tl.constexpr,
     TOP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Nothing where the last scale fitted; else the lookahead by the right one; 0 and the old momentum if not finite."""
+    """Nothing where the last scale fitted; else the lookahead by the right one; 0 if not finite.
+
+    The old momentum of a matrix that is skipped comes back by arithmetic, (M - w G) / beta, so up to its rounding.
+    """
     b = tl.program_id(1)
     bits = tl.load(largest_bits + b)
     scale = tl.load(tl.load(scales + b).to(tl.pointer_type(tl.float32)))
@@ -97,7 +100,8 @@ def repair_kernel(
             before = tl.where(beta > 0, (momentum - grad) / beta, 0.0)
             written = tl.abs(grad + beta * momentum).to(tl.int32, bitcast=True) < 0x7F800000
             # Where a huge gradient has swallowed the momentum there is nothing to bring back.
-            before = tl.where(tl.abs(before) < tl.abs(grad) * 1e-6, 0.0, before)
+            swallowed: tl.constexpr = 1e-6 if MOMENTUM == tl.float32 else 1e-2
+            before = tl.where(tl.abs(before) < tl.abs(grad) * swallowed, 0.0, before)
             tl.store(momentum_at, before, mask=inside & written)
             tl.store(out, tl.zeros((BLOCK,), tl.float16), mask=inside)
 

@@ -17,7 +17,8 @@ from hf_matrix_optim.stacks import MatrixLists, present
 
 logger = logging.getLogger("transformers.hf_matrix_optim")
 
-MOST_PLANS = 64
+MOST_PLANS = 256
+MOST_MATRICES = 65535  # of a stack: the second axis of a grid
 Scale = Callable[[int, int], float]
 
 
@@ -42,6 +43,7 @@ class FastPath:
     def __init__(self) -> None:
         self.plans: dict[int, GroupPlan] = {}
         self._said: set[str] = set()
+        self._streams: dict[torch.device, torch.cuda.Stream] = {}
 
     def step(
         self,
@@ -70,7 +72,7 @@ class FastPath:
             take_all: refuse to leave any.
 
         Raises:
-            RuntimeError: if ``take_all`` and there are others; nothing is stepped then.
+            RuntimeError: if ``take_all`` and there are others; none of ``lists`` is stepped then.
         """
         plan = self._plan(lists, layout, rule, scale, max_workspace_bytes)
         if plan.rest and take_all:
@@ -100,9 +102,13 @@ class FastPath:
             return
         if plan.graph is None:
             # Graphs are replayed one after the other, so they share their workspace; a pool dies with its last graph.
-            pool = next((other.graph.pool() for other in self.plans.values() if other.graph is not None), None)
+            device = plan.scalars.device
+            on_device = [other for other in self.plans.values() if other.scalars.device == device]
+            pool = next((other.graph.pool() for other in on_device if other.graph is not None), None)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+            if device not in self._streams:  # torch's own belongs to the device that captured first
+                self._streams[device] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+            with torch.cuda.graph(graph, pool=pool, stream=self._streams[device], capture_error_mode="thread_local"):
                 _launch(plan, rule)
             plan.graph = graph
         plan.graph.replay()
@@ -116,8 +122,8 @@ class FastPath:
         first = id(lists.params[0])
         known = self.plans.get(first)
         if known is None or known.options != options or known.places != places:
-            if len(self.plans) >= MOST_PLANS:  # parameters that are gathered anew in every step never come back
-                self.plans.clear()
+            if known is None and len(self.plans) >= MOST_PLANS:  # gathered anew in every step, some never come back
+                del self.plans[next(iter(self.plans))]
             stacks, rest = _new_plan(lists, layout, rule, scale, max_workspace_bytes)
             scalars = torch.zeros(2, dtype=torch.float32, device=lists.params[0].device)
             known = self.plans[first] = GroupPlan(options, places, stacks, rest, scalars)
@@ -139,6 +145,7 @@ def _places(lists: MatrixLists) -> list[Any]:
         [m.data_ptr() for m in lists.momenta],
         [v.data_ptr() for v in lists.second_moments if v is not None],
         [s.data_ptr() for s in lists.skipped],
+        [s.data_ptr() for s in lists.lookahead_scales if s is not None],
         [g.stride() for g in lists.grads],
         [g.dtype for g in lists.grads],
         [g.data_ptr() & 15 for g in lists.grads],
@@ -190,7 +197,7 @@ def _new_plan(
     stacks = []
     for ((rows, columns, stride, dtype, momentum_dtype), fans), matrices in by_shape.items():
         sides = Sides(rows, columns, rows > columns or (rows == columns and layout.output_axis == 1))
-        most = max(1, max_workspace_bytes // workspace_bytes(sides, rule))
+        most = min(MOST_MATRICES, max(1, max_workspace_bytes // workspace_bytes(sides, rule)))
         slices = -(-len(matrices) // most)
         for number in range(slices):  # of equal size, to one
             stack = StackPlan(sides, stride, scale(*fans), dtype, momentum_dtype, lists.params[0].device)

@@ -10,6 +10,8 @@ from torch import Tensor
 from hf_matrix_optim.kernels.half_maps import Sides
 
 SMALLEST = 64  # shorter sides are left to the plain path
+SHARED_MEMORY = 128 * 1024  # what merge_kernel takes; GPUs for the desktop have 99 KiB
+MOST_ELEMENTS = 2**31 - 2**13  # of one matrix: offsets in it are 32-bit
 STATE_DTYPES = (torch.float32, torch.bfloat16)
 
 
@@ -22,8 +24,13 @@ def why_not(device: torch.device) -> str:
         return "Triton is not installed: it comes with torch's GPU builds for Linux, or pip install triton"
     if torch.version.hip is not None:
         return "the kernels were written for and tried on NVIDIA GPUs alone"
+    name = torch.cuda.get_device_name(device)
     if torch.cuda.get_device_capability(device) < (8, 0):
-        return f"{torch.cuda.get_device_name(device)} is older than compute capability 8.0"
+        return f"{name} is older than compute capability 8.0"
+    properties = torch.cuda.get_device_properties(device)
+    shared = getattr(properties, "shared_memory_per_block_optin", SHARED_MEMORY)
+    if shared < SHARED_MEMORY:
+        return f"{name} has {shared // 1024} KiB of shared memory a block; the kernels need {SHARED_MEMORY // 1024}"
     return ""
 
 
@@ -33,6 +40,7 @@ def can_take(param: Tensor, grad: Tensor, momentum: Tensor, second_moment: Tenso
         param.dtype in (torch.float32, torch.bfloat16)
         and momentum.dtype in STATE_DTYPES
         and min(param.shape[-2:]) >= SMALLEST
+        and param.size(-2) * param.stride(-2) <= MOST_ELEMENTS
         and param.size(-1) % 8 == 0
         and param.stride(-1) == 1
         and param.stride(-2) % 8 == 0
@@ -100,7 +108,7 @@ class StackPlan:
             self._table = torch.empty(6, len(self.owners), dtype=torch.int64, device=self.device)
         elif grads == self._grads:
             return
-        table = torch.tensor([grads, *self.fixed], dtype=torch.int64)
+        table = torch.tensor([grads, *self.fixed], dtype=torch.int64, device="cpu")
         self._table.copy_(table.pin_memory(), non_blocking=True)
         self._grads = grads
 
