@@ -54,9 +54,9 @@ class MatrixOptimizer(Optimizer):
         O = direction(U)                     (the subclass)
         W = W - lr (s O + weight_decay W)    (s: update_scale, so that the update's root mean square is update_rms)
 
-    A matrix whose gradient or momentum is not finite is left as it is in that step (its momentum, by the GPU kernels, up
-    to rounding) and counted in ``state[p]["skipped"]``, without a device synchronisation. A parameter whose ``grad`` is
-    None is left alone.
+    A matrix whose gradient or momentum is not finite is left as it is in that step (its momentum, by the GPU kernels,
+    up to rounding) and counted in ``state[p]["skipped"]``, without a device synchronisation. A parameter whose
+    ``grad`` is None is left alone.
     """
 
     algorithm: str
