@@ -1,6 +1,7 @@
 """AdaMuon: an orthogonalized update divided by the root of its own second moment, in both published forms."""
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -144,11 +145,8 @@ class AdaMuon(MatrixOptimizer):
 
     def _kernel_rule(self, group: dict[str, Any]) -> KernelRule:
         is_v1 = group["variant"] == "v1"
-        return KernelRule(
-            beta=group["momentum"],
-            nesterov=group["nesterov"],
-            weight_decay=group["weight_decay"],
-            weight=self._gradient_weight(group),
+        return replace(
+            super()._kernel_rule(group),
             coefficients=coefficients_for(group["ns_coefficients"], group["ns_steps"]),
             takes_sign=not is_v1,
             beta2=group["beta2"] if is_v1 else group["momentum"],

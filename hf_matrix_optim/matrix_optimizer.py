@@ -18,6 +18,7 @@ from torch.optim.adamw import adamw
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from hf_matrix_optim.checkpoint_check import check_checkpoint
+from hf_matrix_optim.group_state import GroupState
 from hf_matrix_optim.kernels.fast_path import FastPath
 from hf_matrix_optim.kernels.stack_plan import why_not
 from hf_matrix_optim.kernels.stack_step import KernelRule
@@ -158,13 +159,13 @@ class MatrixOptimizer(Optimizer):
 
     def _step_matrix_group(self, group: dict[str, Any]) -> None:
         layout = MatrixLayout.from_group(group)
-        known: dict[int, _GroupState] = self.__dict__.setdefault("_group_states", {})
+        known: dict[int, GroupState] = self.__dict__.setdefault("_group_states", {})
         gathered = known.get(id(group))
         if gathered is None or not gathered.is_of(group, self.state):
             for gone in set(known) - set(map(id, self.param_groups)):
                 del known[gone]
             states = [self._matrix_state(p, layout, group) if p.grad is not None else {} for p in group["params"]]
-            gathered = known[id(group)] = _GroupState(group, states)
+            gathered = known[id(group)] = GroupState(group, states)
         lists, steps = gathered.lists_and_steps()
         if gathered.is_together and len(set(steps)) == 1:
             self._step_lists(lists, layout, group, steps[0])
@@ -211,8 +212,13 @@ class MatrixOptimizer(Optimizer):
         return why_not(device)
 
     def _kernel_rule(self, group: dict[str, Any]) -> KernelRule:
-        """What the kernels need to know of a param group."""
-        raise NotImplementedError
+        """What the kernels need to know of a param group; a subclass adds its map."""
+        return KernelRule(
+            beta=group["momentum"],
+            nesterov=group["nesterov"],
+            weight_decay=group["weight_decay"],
+            weight=self._gradient_weight(group),
+        )
 
     def _bias_correction(self, group: dict[str, Any], step: float) -> float:
         """Factor of the second moment's root in step ``step``."""
@@ -397,55 +403,6 @@ class MatrixOptimizer(Optimizer):
                         dtype = _state_dtype(p)
                     loaded = value.to(device=device, dtype=dtype)
                 self.state[p][key] = loaded.clone() if isinstance(loaded, Tensor) else loaded
-
-
-class _GroupState:
-    """The states of a matrix group's parameters, in their order; {} for one that has had no gradient yet.
-
-    Their counters are views of one tensor: hundreds of additions to small tensors cost the host as much as all the
-    launches. A counter that is not, as after a checkpoint, makes the group be gathered anew.
-    """
-
-    def __init__(self, group: dict[str, Any], states: list[dict[str, Any]]) -> None:
-        self.group = group
-        self.params: list[Tensor] = list(group["params"])
-        self.states = states
-        counts = [float(state.get("step", 0.0)) for state in states]
-        self.steps = torch.tensor(counts, dtype=torch.float32, device="cpu")
-        self.views = list(self.steps.unbind())
-        for state, view in zip(states, self.views, strict=True):
-            if state:
-                state["step"] = view
-        self.is_together = len({p.device for p in self.params}) == 1 and not any(map(is_sharded, self.params))
-
-    def is_of(self, group: dict[str, Any], state_of: dict[Tensor, Any]) -> bool:
-        """Whether params and states are those of the optimizer, and every parameter with a gradient has a state."""
-        if self.group is not group or len(self.params) != len(group["params"]):
-            return False
-        return all(
-            p is known and ((state_of.get(p) is state and state["step"] is view) if state else p.grad is None)
-            for p, known, state, view in zip(group["params"], self.params, self.states, self.views, strict=True)
-        )
-
-    def lists_and_steps(self) -> tuple[MatrixLists, list[float]]:
-        """The parameters with a gradient, and the number of this step of each, which is counted here."""
-        grads: list[Any] = [p.grad for p in self.params]
-        stepping = [i for i, grad in enumerate(grads) if grad is not None]
-        states = [self.states[i] for i in stepping]
-        lists = MatrixLists(
-            params=[self.params[i] for i in stepping],
-            grads=[grads[i] for i in stepping],
-            momenta=[state["momentum_buffer"] for state in states],
-            second_moments=[state.get("exp_avg_sq") for state in states],
-            skipped=[state["skipped"] for state in states],
-            lookahead_scales=[state.get("lookahead_scale") for state in states],
-        )
-        if len(stepping) == len(grads):
-            self.steps += 1
-            return lists, self.steps.tolist()
-        chosen = torch.tensor(stepping, dtype=torch.int64, device="cpu")
-        self.steps[chosen] += 1
-        return lists, self.steps[chosen].tolist()
 
 
 def has_fast_bfloat16(device: torch.device) -> bool:

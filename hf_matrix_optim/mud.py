@@ -1,5 +1,6 @@
 """MUD: momentum decorrelated by triangular solves with its Gram matrix."""
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -100,11 +101,8 @@ class MUD(MatrixOptimizer):
             raise ValueError(f"passes={group['passes']!r} is not allowed: it must be at least 1")
 
     def _kernel_rule(self, group: dict[str, Any]) -> KernelRule:
-        return KernelRule(
-            beta=group["momentum"],
-            nesterov=group["nesterov"],
-            weight_decay=group["weight_decay"],
-            weight=self._gradient_weight(group),
+        return replace(
+            super()._kernel_rule(group),
             passes=group["passes"],
         )
 

@@ -1,5 +1,6 @@
 """Muon: momentum orthogonalized by a Newton-Schulz iteration."""
 
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -102,11 +103,8 @@ class Muon(MatrixOptimizer):
         coefficients_for(group["ns_coefficients"], group["ns_steps"])
 
     def _kernel_rule(self, group: dict[str, Any]) -> KernelRule:
-        return KernelRule(
-            beta=group["momentum"],
-            nesterov=group["nesterov"],
-            weight_decay=group["weight_decay"],
-            weight=self._gradient_weight(group),
+        return replace(
+            super()._kernel_rule(group),
             coefficients=coefficients_for(group["ns_coefficients"], group["ns_steps"]),
         )
 

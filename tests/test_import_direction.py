@@ -24,7 +24,7 @@ LAYERS = {
         "kernels.stack_step",
         "kernels.fast_path",
     },
-    "step": {"checkpoint_check", "matrix_optimizer"},
+    "step": {"checkpoint_check", "group_state", "matrix_optimizer"},
     "rules": {"muon", "adamuon", "mud"},
     "hook": {"options", "registry", "registration", "tripwire", "import_hook", "trainer"},
     "root": {""},
