@@ -74,7 +74,8 @@ class FastPath:
         Raises:
             RuntimeError: if ``take_all`` and there are others; none of ``lists`` is stepped then.
         """
-        plan = self._plan(lists, layout, rule, scale, max_workspace_bytes)
+        grad_starts = [grad.data_ptr() for grad in lists.grads]
+        plan = self._plan(lists, grad_starts, layout, rule, scale, max_workspace_bytes)
         if plan.rest and take_all:
             shape = tuple(lists.params[plan.rest[0]].shape)
             raise RuntimeError(
@@ -84,7 +85,6 @@ class FastPath:
         if plan.stacks:
             with torch.cuda.device(plan.scalars.device):
                 _fill(plan, lr, correction)
-                grad_starts = [grad.data_ptr() for grad in lists.grads]
                 for stack in plan.stacks:
                     stack.point_to(grad_starts)
                 if cuda_graph:
@@ -114,11 +114,17 @@ class FastPath:
         plan.graph.replay()
 
     def _plan(
-        self, lists: MatrixLists, layout: MatrixLayout, rule: KernelRule, scale: Scale, max_workspace_bytes: int
+        self,
+        lists: MatrixLists,
+        grad_starts: list[int],
+        layout: MatrixLayout,
+        rule: KernelRule,
+        scale: Scale,
+        max_workspace_bytes: int,
     ) -> GroupPlan:
         """Stacks for the kernels, and the parameters they cannot take; kept while the tensors stay where they are."""
         options = (layout, scale(1, 1), scale(1, 4), max_workspace_bytes, rule.passes > 0)
-        places = _places(lists)
+        places = _places(lists, grad_starts)
         first = id(lists.params[0])
         known = self.plans.get(first)
         if known is None or known.options != options or known.places != places:
@@ -138,7 +144,7 @@ class FastPath:
         return known
 
 
-def _places(lists: MatrixLists) -> list[Any]:
+def _places(lists: MatrixLists, grad_starts: list[int]) -> list[Any]:
     """All that a plan rests on. Lists that C code makes and compares: the first launch of each step waits for them."""
     return [
         [p.data_ptr() for p in lists.params],
@@ -148,7 +154,7 @@ def _places(lists: MatrixLists) -> list[Any]:
         [s.data_ptr() for s in lists.lookahead_scales if s is not None],
         [g.stride() for g in lists.grads],
         [g.dtype for g in lists.grads],
-        [g.data_ptr() & 15 for g in lists.grads],
+        [start & 15 for start in grad_starts],
     ]
 
 
