@@ -12,11 +12,12 @@ from document_sources import (
     check_stream,
     chosen_sources,
     data_facts,
+    held_out_of_stream,
     prepared_tokens_bound,
     stream_fingerprint,
 )
 from document_tokens import load_tokenizer, tokenizer_fingerprint
-from prepared_data import prepare_held_out, prepare_text
+from prepared_data import prepare_text
 from recipe_arguments import Preset, RecipeArguments
 from recipe_error import RecipeError
 from recipe_trainer import leave_out_logits_while_training
@@ -119,14 +120,14 @@ class CausalLanguageModeling(Task):
     ) -> TrainingData:
         check_stream(train, arguments)
         size = arguments.block_size
-        fraction = 0.0 if validation is not None else arguments.validation_fraction
-        held_out = None
-        if validation is not None:
-            held_out = prepare_text(validation, None, tokenizer, cache_dir=arguments.cache_dir).train
-        elif fraction:
-            held_out = prepare_held_out(
-                train, tokenizer, fraction, max_documents=HELD_OUT_OF_A_STREAM, cache_dir=arguments.cache_dir
-            )
+        fraction, held_out = held_out_of_stream(
+            train,
+            validation,
+            tokenizer,
+            arguments,
+            lambda source: prepare_text(source, None, tokenizer, cache_dir=arguments.cache_dir),
+            HELD_OUT_OF_A_STREAM,
+        )
 
         def stream(seed: int, length: int) -> Any:
             return TextStream(

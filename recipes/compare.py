@@ -12,8 +12,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from recipe_error import RecipeError
+from study_comparison import compare
 from study_metrics import load_run
-from study_report import REPORT_FILE, compare, report, write_report
+from study_report import REPORT_FILE, report, write_report
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,14 +1,15 @@
 """What the flags of text and proteins name, prepared or streamed."""
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from data_sources import DataSource, Kind, data_sources
-from prepared_data import PreparedData
+from prepared_data import PreparedData, prepare_held_out
 from recipe_arguments import RecipeArguments
 from recipe_error import RecipeError
-from transformers import PretrainedConfig
+from token_files import ProteinFile, TokenFile
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 HELD_OUT_OF_A_STREAM = 2500  # documents, where --validation_samples does not say
 
@@ -69,3 +70,34 @@ def check_stream(source: DataSource, arguments: RecipeArguments) -> None:
 def stream_fingerprint(source: DataSource, *parts: object) -> str:
     """Hash what a stream reads."""
     return hashlib.sha256(repr((source, parts)).encode()).hexdigest()
+
+
+def held_out_of_stream(
+    train: DataSource,
+    validation: DataSource | None,
+    tokenizer: PreTrainedTokenizerBase | None,
+    arguments: RecipeArguments,
+    prepare: Callable[[DataSource], PreparedData],
+    most_documents: int,
+) -> tuple[float, TokenFile | ProteinFile | None]:
+    """Prepare what a stream is evaluated on.
+
+    Args:
+        train: the stream.
+        validation: a source of its own, if there is one.
+        tokenizer: of text; None for proteins.
+        arguments: for the fraction to hold out and the cache.
+        prepare: prepares the validation source.
+        most_documents: held out of the stream, if there is none.
+
+    Returns:
+        The fraction of the stream's documents that are held out of it, and the prepared data, None without any.
+    """
+    if validation is not None:
+        return 0.0, prepare(validation).train
+    fraction = arguments.validation_fraction
+    if not fraction:
+        return fraction, None
+    return fraction, prepare_held_out(
+        train, tokenizer, fraction, max_documents=most_documents, cache_dir=arguments.cache_dir
+    )

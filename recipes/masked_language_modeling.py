@@ -13,11 +13,12 @@ from document_sources import (
     check_stream,
     chosen_sources,
     data_facts,
+    held_out_of_stream,
     prepared_tokens_bound,
     stream_fingerprint,
 )
 from masked_proteins import CLS, EOS, ESM_VOCABULARY, MASK, PAD, MaskedProteins, collate_proteins
-from prepared_data import prepare_held_out, prepare_proteins
+from prepared_data import prepare_proteins
 from recipe_arguments import Preset, RecipeArguments
 from recipe_error import RecipeError
 from task import Task, TrainingData
@@ -111,13 +112,14 @@ class MaskedLanguageModeling(Task):
     ) -> TrainingData:
         check_stream(train, arguments)
         size = arguments.block_size
-        fraction = 0.0 if validation is not None else arguments.validation_fraction
-        held_out = None
-        if validation is not None:
-            held_out = prepare_proteins(validation, None, cache_dir=arguments.cache_dir).train
-        elif fraction:
-            documents = arguments.validation_samples or HELD_OUT_OF_A_STREAM
-            held_out = prepare_held_out(train, None, fraction, max_documents=documents, cache_dir=arguments.cache_dir)
+        fraction, held_out = held_out_of_stream(
+            train,
+            validation,
+            None,
+            arguments,
+            lambda source: prepare_proteins(source, None, cache_dir=arguments.cache_dir),
+            arguments.validation_samples or HELD_OUT_OF_A_STREAM,
+        )
 
         def stream(seed: int, length: int) -> Any:
             return ProteinStream(

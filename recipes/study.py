@@ -26,8 +26,9 @@ from pathlib import Path
 from compare import numbers
 from recipe_error import RecipeError
 from run_folder import read_run
+from study_comparison import Sweep, compare
 from study_metrics import Group, load_run
-from study_report import REPORT_FILE, Sweep, compare, report, write_report
+from study_report import REPORT_FILE, report, write_report
 
 RECIPES = Path(__file__).parent
 OPTIMIZERS = "adamw_torch_fused,muon,adamuon,mud"

@@ -4,107 +4,19 @@ import json
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from recipe_error import RecipeError
+from study_comparison import Comparison, Sweep
+from study_curves import draw_curves
 from study_metrics import (
     WINDOW,
-    Curve,
-    Group,
-    Run,
-    choose_baseline,
-    compare_groups,
-    differences,
-    first_reached,
-    group_runs,
     has_horizon,
-    targets_of,
 )
 
 REPORT_FILE, CURVES_FILE, METRICS_FILE = "report.md", "curves.png", "metrics.json"
 NOT_REACHED = "not reached"
-SPEEDUP_POINTS = 60
 UNSTEADY = 0.1  # deviation of the speed over its mean above which times are doubted
-
-
-@dataclass(frozen=True)
-class Sweep:
-    """One optimizer's learning rates that were tried, with the loss of each, infinite where a run diverged.
-
-    Attributes:
-        optimizer: with its options, as in the tables.
-        losses: last loss by learning rate.
-        steps: of each of these runs, where they were shorter than the runs compared.
-    """
-
-    optimizer: str
-    losses: Mapping[float, float]
-    steps: int | None = None
-
-    @property
-    def best(self) -> float:
-        return min(self.losses, key=self.losses.__getitem__)
-
-    @property
-    def is_bracketed(self) -> bool:
-        """Whether a lower and a higher learning rate were worse."""
-        return min(self.losses) < self.best < max(self.losses)
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """Groups of runs measured against one of them."""
-
-    groups: Sequence[Group]
-    baseline: Group
-    perplexity: bool
-    targets: Sequence[float]
-    measured: Sequence[Mapping[str, Any]]
-    differences: Sequence[str]
-    sweeps: Sequence[Sweep] = ()
-
-    @property
-    def unit(self) -> str:
-        """What the log counts as tokens."""
-        return str(self.baseline.runs[0].record.get("unit", "tokens"))
-
-    @property
-    def optimizers_are_tuned(self) -> bool:
-        """Whether every optimizer has its learning rate from a sweep that brackets it."""
-        swept = {sweep.optimizer for sweep in self.sweeps if sweep.is_bracketed}
-        return all(group.runs[0].optimizer in swept for group in self.groups)
-
-
-def compare(
-    runs: Sequence[Run],
-    *,
-    baseline: str | None = None,
-    targets: Sequence[float] | None = None,
-    sweeps: Sequence[Sweep] = (),
-) -> Comparison:
-    """Measure runs against the baseline among them.
-
-    Args:
-        runs: of at least one optimizer.
-        baseline: name of an optimizer; None takes the best AdamW, else the first.
-        targets: validation perplexities (losses where there is no perplexity) for the table of times; None takes the
-            baseline's own at half, three quarters and the end.
-        sweeps: how the learning rates were found.
-
-    Raises:
-        RecipeError: if there are no runs, or two of the same optimizer, learning rate and seed.
-    """
-    if not runs:
-        raise RecipeError("there are no runs to compare")
-    groups = group_runs(runs)
-    reference = choose_baseline(groups, baseline)
-    perplexity = any("perplexity" in record for run in runs for record in run.log if record["kind"] == "eval")
-    chosen = list(targets) if targets is not None else targets_of(reference, perplexity=perplexity)
-    measured = compare_groups(groups, reference, chosen, perplexity=perplexity)
-    return Comparison(groups, reference, perplexity, chosen, measured, differences(runs), sweeps)
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -282,98 +194,6 @@ def report(comparison: Comparison) -> str:
         + f"; commit {record.get('commit') or 'unknown'}.",
     ]
     return "\n\n".join(parts) + "\n"
-
-
-def mean_curve(curves: Sequence[Curve]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Return x, and the mean, lowest and highest y of several curves where all of them have values."""
-    known = [curve for curve in curves if curve.x]
-    if not known:
-        return (np.empty(0),) * 4
-    low, high = max(curve.x[0] for curve in known), min(curve.x[-1] for curve in known)
-    x = np.unique(np.concatenate([curve.x for curve in known]))
-    x = x[(x >= low) & (x <= high)]
-    values = np.stack([np.interp(x, curve.x, curve.y) for curve in known])
-    return x, values.mean(0), values.min(0), values.max(0)
-
-
-def speedup_curve(group: Group, baseline: Group, *, perplexity: bool) -> Curve:
-    """Return the speed-up over validation values, mean over the seeds, where all seeds of both reach the value."""
-    pairs = [
-        tuple(one.validation("train_seconds", perplexity=perplexity) for one in (run, base))
-        for run in group.runs
-        if (base := baseline.of_seed(run.seed)) is not None
-    ]
-    pairs = [pair for pair in pairs if all(curve.y for curve in pair)]
-    if not pairs:
-        return Curve((), ())
-    high = min(curve.y[0] for pair in pairs for curve in pair)
-    low = max(min(curve.y) for pair in pairs for curve in pair)
-    points = []
-    for target in np.linspace(high, low, SPEEDUP_POINTS) if low < high < math.inf else ():
-        factors = [
-            reference / seconds
-            for run, base in pairs
-            if (seconds := first_reached(run, target)) and (reference := first_reached(base, target)) is not None
-        ]
-        if len(factors) == len(pairs):
-            points.append((float(target), sum(factors) / len(factors)))
-    return Curve(tuple(x for x, _ in points), tuple(y for _, y in points))
-
-
-def draw_curves(comparison: Comparison, path: Path) -> None:
-    """Draw loss over tokens (bands span the seeds), validation over seconds, speed-up over the validation value."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    value = "perplexity" if comparison.perplexity else "loss"
-    figure, axes = plt.subplots(1, 3, figsize=(18, 5.2), layout="constrained")
-    highest = []
-    for group in comparison.groups:
-        label = f"{group.label} (lr {group.learning_rate:g})"
-        x, mean, low, high = mean_curve([run.training() for run in group.runs])
-        (line,) = axes[0].plot(x, mean, label=label, linewidth=1.6)
-        color = line.get_color()
-        axes[0].fill_between(x, low, high, color=color, alpha=0.2, linewidth=0)
-        highest.append((axes[0], x, mean))
-        for number, run in enumerate(group.runs):  # seconds differ between seeds: no mean over them
-            times = run.validation("train_seconds", perplexity=comparison.perplexity)
-            axes[1].plot(*times, color=color, label=None if number else label, linewidth=1.2, marker="o", markersize=2)
-            highest.append((axes[1], *map(np.asarray, times)))
-        curve = speedup_curve(group, comparison.baseline, perplexity=comparison.perplexity)
-        axes[2].plot(*curve, color=color, label=label, linewidth=1.6)
-    data = comparison.baseline.runs[0].record.get("data") or {}
-    if entropy := (data.get("train") or {}).get("unigram_entropy"):
-        axes[0].axhline(entropy, color="gray", linestyle=":", linewidth=1, label="unigram entropy")
-    axes[0].set(
-        xlabel=f"training {comparison.unit}", ylabel="loss (nats)", title=f"training, rolling mean of {WINDOW}"
-    )
-    axes[1].set(xlabel="training seconds", ylabel=f"validation {value}", title=f"validation {value} over time")
-    axes[2].set(
-        xlabel=f"validation {value}", ylabel="times faster", title=f"speed-up over {comparison.baseline.label}"
-    )
-    axes[2].invert_xaxis()
-    for axis in axes[:2]:
-        crop_start(axis, [(x, y) for one, x, y in highest if one is axis])
-    for axis in axes:
-        axis.grid(alpha=0.3)
-        axis.legend(frameon=False, fontsize=9)
-    record = comparison.baseline.runs[0].record
-    figure.suptitle(f"{record['identity']['recipe']} {record['identity']['preset']}")
-    partial = path.with_name(f".{path.name}")
-    figure.savefig(partial, dpi=130, format="png")
-    plt.close(figure)
-    os.replace(partial, path)
-
-
-def crop_start(axis: Any, curves: Sequence[tuple[np.ndarray, np.ndarray]]) -> None:
-    """Leave the steep start of curves out of the picture, so that their differences later can be seen."""
-    later = [y[x >= x[0] + (x[-1] - x[0]) / 10] for x, y in curves if len(x)]
-    values = np.concatenate([y[np.isfinite(y)] for y in later]) if later else np.empty(0)
-    if len(values) > 2 and values.min() < values.max():
-        margin = 0.05 * (values.max() - values.min())
-        axis.set_ylim(values.min() - margin, values.max() + margin)
 
 
 def write_report(comparison: Comparison, folder: Path) -> None:

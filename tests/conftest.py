@@ -1,7 +1,8 @@
-"""What one test must not leave to the next."""
+"""What one test must not leave to the next, and what the tests of the recipes share."""
 
 import logging
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -13,3 +14,17 @@ def log_level_of_the_package() -> Iterator[None]:
     level = logger.level
     yield
     logger.setLevel(level)
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A folder for prepared data."""
+    return str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file of a few pages."""
+    from tiny_recipe import write_text
+
+    return write_text(tmp_path_factory.mktemp("text"))

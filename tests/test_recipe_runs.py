@@ -32,23 +32,12 @@ from tiny_recipe import (
     run_process,
     untimed_log,
     without,
-    write_text,
 )
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer, Trainer, TrainerCallback
 from transformers import trainer as trainer_module
 
 # A rule for each family, so that every one of them is resumed, cut and split somewhere.
 OPTIMIZER_OF = {"qwen2_5": "adamuon", "gpt2": "mud", "esm2": "muon", "cifar10": "adamw_torch"}
-
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return str(tmp_path_factory.mktemp("cache"))
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_text(tmp_path_factory.mktemp("text"))
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -19,18 +19,8 @@ from recipe_arguments import parse_arguments
 from recipe_error import RecipeError
 from run_folder import clear_run, is_finished, read_run
 from safetensors.torch import load_file
-from tiny_recipe import ALICE, RECIPES, ROOT, TOKENIZER, contents, flags, losses, run, without, write_text
+from tiny_recipe import ALICE, RECIPES, ROOT, TOKENIZER, contents, flags, losses, run, without
 from transformers import AutoModelForCausalLM, AutoTokenizer
-
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return str(tmp_path_factory.mktemp("cache"))
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_text(tmp_path_factory.mktemp("text"))
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,8 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import train_tokenizer
-from data_sources import Corpus, DataSource, articles, data_sources, find_files, is_held_out, read_documents, sections
+from data_sources import Corpus, DataSource, articles, data_sources, find_files, is_held_out, read_documents
+from document_files import sections
 from masked_proteins import ESM_VOCABULARY
 from prepared_data import PreparedData, prepare_held_out, prepare_proteins, prepare_text
 from recipe_error import RecipeError

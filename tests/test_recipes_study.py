@@ -13,6 +13,8 @@ import study
 from matplotlib import image
 from recipe_error import RecipeError
 from run_log import LOG_FILE, RunLog, read_log
+from study_comparison import Sweep
+from study_comparison import compare as compare_runs
 from study_metrics import (
     Curve,
     first_reached,
@@ -23,8 +25,7 @@ from study_metrics import (
     spread_of,
     token_saving,
 )
-from study_report import Sweep, sweep_table
-from study_report import compare as compare_runs
+from study_report import sweep_table
 from tiny_recipe import write_text
 
 TOKENS_PER_STEP = 100
