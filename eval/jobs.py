@@ -134,7 +134,7 @@ class Evaluator:
         return result
 
     def _load(self, checkpoint: Checkpoint) -> None:
-        from scoring import LoadedLM
+        from loaded_lm import LoadedLM
         from task_loading import quiet
 
         self.lm, self.checkpoint = None, None  # the last model's memory goes first

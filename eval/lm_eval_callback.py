@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 import torch
 from eval_error import EvalError
+from loaded_lm import LoadedLM
 from offline_data import DataFolder
-from scoring import LoadedLM, score
+from scoring import score
 from suite import select
 from task_loading import load_benchmark, missing_data
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments

@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 import torch
 from lm_eval import evaluator
-from lm_eval.models.huggingface import HFLM
+from loaded_lm import LoadedLM
 from scoring_statistics import mean, standard_error
 from suite import Benchmark
-from task_loading import quiet
+from task_loading import compiled_templates, quiet
 from transformers import GenerationConfig
 
 #: Seeds of the harness' own command line, so that the same solved examples are drawn.
@@ -79,28 +79,6 @@ class Scores:
         return {**plain, "documents": self.documents, "documents_per_second": self.documents / self.seconds}
 
 
-class LoadedLM(HFLM):  # type: ignore[misc]
-    """The harness' Hugging Face model around a model and tokenizer that are loaded already.
-
-    Args:
-        model: a causal language model or a PeftModel, on its device.
-        tokenizer: its tokenizer; a padding token is added to it if it has none.
-        batch_size: sequences in a batch.
-        max_length: context, in tokens; None for the model's own.
-    """
-
-    def __init__(self, model: Any, tokenizer: Any, *, batch_size: int, max_length: int | None = None) -> None:
-        super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, max_length=max_length)
-        self.answers_cut = 0
-
-    def _loglikelihood_tokens(self, requests: list[Any], *args: Any, **kwargs: Any) -> Any:
-        longest = self.max_length
-        self.answers_cut += sum(len(answer) > longest for _, _, answer in requests)
-        return super()._loglikelihood_tokens(
-            [(texts, context, answer[-longest:]) for texts, context, answer in requests], *args, **kwargs
-        )
-
-
 def score(
     lm: Any,
     benchmark: Benchmark,
@@ -131,11 +109,12 @@ def score(
     fit = Fit()
     with ExitStack() as stack:
         stack.enter_context(quiet())
+        stack.enter_context(compiled_templates())
         for task in loaded["tasks"].values():
             task.set_config("num_fewshot", shots)
             task.set_fewshot_seed(SHOTS_SEED)
         if isinstance(lm, LoadedLM):
-            lm.answers_cut = 0
+            lm.begin()
             stack.enter_context(clean_generation_config(lm.model))
             for task in loaded["tasks"].values():
                 stack.enter_context(capped_generation(task, lm, fit))
@@ -248,7 +227,11 @@ def fitting_shots(task: Any, lm: LoadedLM, fit: Fit) -> Iterator[None]:
             context = build(doc, num_fewshot, *args, **kwargs)
             if fits(task, lm, doc, context):
                 return context
-            low, high = 0, num_fewshot  # `low` solved examples may fit, `high` do not
+            # `high` solved examples do not fit, `low` may. Mostly one or two are too many: down from the top in
+            # growing steps, then by halves.
+            high, low = num_fewshot, max(num_fewshot - 1, 0)
+            while low > 0 and not fits(task, lm, doc, build(doc, low, *args, **kwargs)):
+                high, low = low, max(low - 2 * (num_fewshot - low), 0)
             while high - low > 1:
                 middle = (low + high) // 2
                 low, high = (
@@ -280,4 +263,5 @@ def fits(task: Any, lm: LoadedLM, doc: Any, context: Any) -> bool:
         return bool(len(lm.tok_encode(prompt)) + kwargs["max_gen_toks"] <= lm.max_length)
     # The last token is predicted, not read. The longest text first: nearly always the others are shorter in tokens too
     texts = sorted({prompt + answer for prompt, answer in (request.args for request in requests)}, key=len)
+    lm.remember(texts)
     return all(len(lm.tok_encode(text)) <= lm.max_length + 1 for text in reversed(texts))

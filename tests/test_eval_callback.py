@@ -8,8 +8,9 @@ from checkpoints import find_checkpoints, load_model, load_tokenizer
 from eval_error import EvalError
 from eval_fixtures import save_checkpoint, shared_data
 from lm_eval_callback import LMEvalCallback
+from loaded_lm import LoadedLM
 from offline_data import DataFolder
-from scoring import LoadedLM, score
+from scoring import score
 from suite import BENCHMARKS
 from task_loading import load_benchmark
 

@@ -23,8 +23,9 @@ from checkpoints import by_numbers, find_checkpoints, load_model, load_tokenizer
 from eval_error import EvalError
 from eval_fixtures import RIGHT, save_checkpoint, save_tokenizer, shared_data
 from eval_workers import work_or_die
+from loaded_lm import LoadedLM
 from offline_data import DataFolder
-from scoring import LoadedLM, score
+from scoring import score
 from suite import BENCHMARKS, SUITE
 from task_loading import load_benchmark, missing_data, needs
 

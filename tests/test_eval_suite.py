@@ -8,9 +8,12 @@ import pytest
 from checkpoints import find_checkpoints, load_model, load_tokenizer
 from eval_error import EvalError
 from eval_fixtures import EVAL_ROWS, PromptReader, Scripted, save_checkpoint, shared_data
+from jinja2 import Environment
+from lm_eval.models.huggingface import HFLM
+from loaded_lm import LoadedLM
 from offline_data import DataFolder
 from paired_tests import average
-from scoring import LoadedLM, score
+from scoring import score
 from show import show_prompt
 from suite import BENCHMARKS, SUITE, select
 from task_loading import eval_split, leaf_configs, load_benchmark, missing_data, needs, shots_split
@@ -182,6 +185,58 @@ def test_prompts_that_fit_are_those_of_the_harness(loaded, tiny):
             if name != "gsm8k":  # its requests carry the number of new tokens
                 assert ours.leaves[leaf]["prompt_hash"] == rows["prompt_hash"]
         assert ours.fit.shots_dropped == 0
+
+
+def test_remembered_tokens_are_the_harness_tokens(tiny):
+    lm = loaded_lm(tiny)
+    bos = lm.tokenizer.decode(lm.prefix_token_id)
+    texts = [
+        "Question: who?\nAnswer:",
+        " It was he. ",
+        "Gr\u00fc\u00dfe, \u4f60\u597d",
+        "\n\n",
+        "",
+        bos + "begins with BOS",
+        bos,
+    ]
+    wanted = [HFLM.tok_encode(lm, text) for text in texts]
+    calls = []
+    tokenizer, lm.tokenizer = lm.tokenizer, Counted(lm.tokenizer, calls)
+    lm.remember(texts)
+    lm.remember(texts)
+    assert len(calls) == 1
+    assert [lm.tok_encode(text) for text in texts] == wanted
+    lm.tokenizer = tokenizer
+    assert lm.tok_encode(texts[0], add_special_tokens=True) == tokenizer.encode(texts[0], add_special_tokens=True)
+    lm.begin()
+    assert [lm.tok_encode(text) for text in texts] == wanted
+
+
+class Counted:
+    """A tokenizer that notes the calls for many texts."""
+
+    def __init__(self, tokenizer, calls):
+        self.tokenizer, self.calls = tokenizer, calls
+
+    def __getattr__(self, name):
+        return getattr(self.tokenizer, name)
+
+    def __call__(self, texts, **kwargs):
+        self.calls.append(texts)
+        return self.tokenizer(texts, **kwargs)
+
+
+def test_templates_are_compiled_once(loaded, monkeypatch):
+    compiled = []
+    compile_template = Environment.compile
+
+    def compile_and_note(environment, source, *args, **kwargs):
+        compiled.append(source)
+        return compile_template(environment, source, *args, **kwargs)
+
+    monkeypatch.setattr(Environment, "compile", compile_and_note)
+    score(PromptReader(True), BENCHMARKS["arc_challenge"], loaded["arc_challenge"], shots=2)
+    assert len(compiled) == len(set(compiled)) > 0
 
 
 @pytest.mark.parametrize("name", ["mmlu_pro", "triviaqa", "chid", "piqa"])
