@@ -58,6 +58,8 @@ class AdaMuon(MatrixOptimizer):
         cuda_graph: replay the kernels' step as one CUDA graph, which holds on to its workspace between steps.
         momentum_dtype: "auto" (float32 for parameters of 32 bits or less) or "bfloat16", which halves its memory.
         max_workspace_bytes: bound of the temporary stacks of a step, in bytes.
+        distribute: "auto" maps each matrix on one rank where several hold it or its shards (DDP, FSDP2, HSDP, tensor
+            parallel); "off" maps every matrix on every rank.
 
     Raises:
         ValueError: for a value out of range, naming it, and for a matrix group with a parameter that is no matrix.
@@ -91,6 +93,7 @@ class AdaMuon(MatrixOptimizer):
         cuda_graph: bool = False,
         momentum_dtype: str = "auto",
         max_workspace_bytes: int = 2**30,
+        distribute: str = "auto",
     ) -> None:
         if variant not in VARIANTS:
             raise ValueError(f"variant={variant!r} is not one of {', '.join(VARIANTS)}")
@@ -121,6 +124,7 @@ class AdaMuon(MatrixOptimizer):
                 "cuda_graph": cuda_graph,
                 "momentum_dtype": momentum_dtype,
                 "max_workspace_bytes": max_workspace_bytes,
+                "distribute": distribute,
             },
         )
 
@@ -154,31 +158,37 @@ class AdaMuon(MatrixOptimizer):
             rms_eps=group["eps"] if is_v1 else 0.0,
         )
 
-    def _bias_correction(self, group: dict[str, Any], step: float) -> float:
-        return 1 / math.sqrt(1 - group["beta2"] ** step) if group["variant"] == "v1" else 1.0
+    def _root(self, group: dict[str, Any], step: float) -> float:
+        return math.sqrt(1 - group["beta2"] ** step) if group["variant"] == "v1" else 1.0
 
-    def _direction(
-        self, lookahead: Tensor, second_moment: Tensor | None, group: dict[str, Any], step: float
-    ) -> Tensor:
-        assert second_moment is not None
-        is_v1 = group["variant"] == "v1"
-        orthogonal = newton_schulz(
-            lookahead if is_v1 else torch.sign(lookahead),
+    def map_input(self, lookahead: Tensor, group: dict[str, Any]) -> Tensor:
+        return lookahead if group["variant"] == "v1" else torch.sign(lookahead)
+
+    def wire_dtypes(
+        self, group: dict[str, Any], dtype: torch.dtype, device: torch.device
+    ) -> tuple[torch.dtype, torch.dtype]:
+        return dtype if group["variant"] == "v1" else torch.int8, self._map_dtype(dtype, device, group)
+
+    def map_lookahead(self, x: Tensor, group: dict[str, Any]) -> Tensor:
+        return newton_schulz(
+            x,
             ns_coefficients=group["ns_coefficients"],
             ns_steps=group["ns_steps"],
-            map_dtype=self._map_dtype(lookahead, group),
+            map_dtype=self._map_dtype(x.dtype, x.device, group),
         )
+
+    def adapt(self, direction: Tensor, second_moment: Tensor, group: dict[str, Any], root: float | Tensor) -> Tensor:
+        is_v1 = group["variant"] == "v1"
         beta2 = group["beta2"] if is_v1 else group["momentum"]
-        second_moment.mul_(beta2).addcmul_(orthogonal, orthogonal, value=1 - beta2)
+        second_moment.mul_(beta2).addcmul_(direction, direction, value=1 - beta2)
         deviation = second_moment.sqrt()
         if is_v1:
-            deviation.div_(math.sqrt(1 - beta2**step))
+            deviation.div_(root)
         if group["eps"] > 0:
             deviation.add_(group["eps"])
         else:
             deviation.clamp_(min=torch.finfo(deviation.dtype).tiny)  # 0 / 0 is 0
-        adapted = orthogonal.div_(deviation)
-        norm = torch.linalg.vector_norm(adapted, dim=(-2, -1), keepdim=True)  # per matrix, (b, 1, 1)
-        rms = norm / math.sqrt(adapted.size(-2) * adapted.size(-1))
-        rms = rms + group["eps"] if is_v1 else torch.where(rms > 0, rms, 1)
-        return adapted.div_(rms)
+        return direction.div_(deviation)
+
+    def rms_divisor(self, rms: Tensor, group: dict[str, Any]) -> Tensor:
+        return rms + group["eps"] if group["variant"] == "v1" else torch.where(rms > 0, rms, 1)

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_matrix_optim.sharding.full_tensor import is_sharded
+from hf_matrix_optim.sharding.shard_layout import is_sharded, many_ranks
 from hf_matrix_optim.stacks import MatrixLists
 
 
@@ -27,6 +27,7 @@ class GroupState:
             if state:
                 state["step"] = view
         self.is_together = len({p.device for p in self.params}) == 1 and not any(map(is_sharded, self.params))
+        self.may_share = group["distribute"] == "auto" and many_ranks()
 
     def is_of(self, group: dict[str, Any], state_of: dict[Tensor, Any]) -> bool:
         """Whether params and states are those of the optimizer, and every parameter with a gradient has a state."""
@@ -37,8 +38,8 @@ class GroupState:
             for p, known, state, view in zip(group["params"], self.params, self.states, self.views, strict=True)
         )
 
-    def lists_and_steps(self) -> tuple[MatrixLists, list[float]]:
-        """The parameters with a gradient, and the number of this step of each, which is counted here."""
+    def lists_and_steps(self) -> tuple[MatrixLists, list[float], list[int]]:
+        """The parameters with a gradient, the number of this step of each, counted here, and their positions."""
         grads: list[Any] = [p.grad for p in self.params]
         stepping = [i for i, grad in enumerate(grads) if grad is not None]
         states = [self.states[i] for i in stepping]
@@ -52,7 +53,7 @@ class GroupState:
         )
         if len(stepping) == len(grads):
             self.steps += 1
-            return lists, self.steps.tolist()
+            return lists, self.steps.tolist(), stepping
         chosen = torch.tensor(stepping, dtype=torch.int64, device="cpu")
         self.steps[chosen] += 1
-        return lists, self.steps[chosen].tolist()
+        return lists, self.steps[chosen].tolist(), stepping

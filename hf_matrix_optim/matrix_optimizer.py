@@ -2,9 +2,9 @@
 
 A gradient's way through a matrix group: ``step`` -> ``_step_matrix_group`` (which parameters, which state) ->
 ``_step_lists`` (what the GPU kernels take goes to ``kernels.fast_path``) -> ``_step_plainly`` (matrices of one shape
-in stacks under the workspace cap) -> ``_step_stack`` (momentum, direction, decay and update on the whole stack). A
-subclass is a constructor, ``_direction``, and ``_kernel_rule`` for the kernels. AdamW groups go through torch's
-``adamw``.
+in stacks under the workspace cap) -> ``plain_step.step_stack``. What lies on several ranks goes to
+``distributed_step`` instead. A subclass is a constructor, ``map_lookahead`` with its companions, and ``_kernel_rule``
+for the kernels. AdamW groups go through torch's ``adamw``.
 """
 
 from collections import defaultdict
@@ -18,14 +18,16 @@ from torch.optim.adamw import adamw
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from hf_matrix_optim.checkpoint_check import check_checkpoint
+from hf_matrix_optim.distributed_step import DistributedGroup, plan_group
 from hf_matrix_optim.group_state import GroupState
 from hf_matrix_optim.kernels.fast_path import FastPath
 from hf_matrix_optim.kernels.stack_plan import why_not
 from hf_matrix_optim.kernels.stack_step import KernelRule
 from hf_matrix_optim.matrix_layout import MatrixLayout, to_matrices
-from hf_matrix_optim.newton_schulz import largest_magnitude
-from hf_matrix_optim.sharding.full_tensor import is_sharded, whole, write_shard
-from hf_matrix_optim.stacks import Matrices, MatrixLists, chunks, gather, present, scatter
+from hf_matrix_optim.plain_step import state_dtype, step_stack
+from hf_matrix_optim.sharding.full_tensor import local_or_whole, write_shard
+from hf_matrix_optim.sharding.shard_layout import is_sharded
+from hf_matrix_optim.stacks import Matrices, MatrixLists, chunks
 from hf_matrix_optim.update_scale import UPDATE_SCALES, update_scale
 
 ROLES = ("adamw", "matrix")
@@ -37,9 +39,10 @@ MAP_DTYPES = {
 }
 KERNELS = ("auto", "torch", "triton")
 MOMENTUM_DTYPES = ("auto", "bfloat16")
+DISTRIBUTE = ("auto", "off")
 #: Device types for which torch has a fused AdamW.
 FUSED_ADAMW_DEVICES = ("cpu", "cuda", "xpu", "mps")
-#: Tensors of a stack's size that are alive at once in ``_step_stack``, for the workspace cap.
+#: Tensors of a stack's size that are alive at once in ``step_stack``, for the workspace cap.
 STACK_COPIES = 8
 #: Bound of a stack and its copies on a CPU: about its caches. Larger stacks are slower, smaller ones all overhead.
 CPU_STACK_BYTES = 4 * 2**20
@@ -113,6 +116,7 @@ class MatrixOptimizer(Optimizer):
             )
         if group["cuda_graph"] and group["kernels"] == "torch":
             raise ValueError("cuda_graph=True is for the GPU kernels, not for kernels='torch'")
+        _check(group, "distribute", lambda value: value in DISTRIBUTE, " or ".join(DISTRIBUTE))
         _check(group, "max_workspace_bytes", lambda value: value > 0, "above 0")
         if "update_scale" in group:
             _check(group, "update_scale", lambda value: value in UPDATE_SCALES, " or ".join(UPDATE_SCALES))
@@ -164,21 +168,56 @@ class MatrixOptimizer(Optimizer):
         if gathered is None or not gathered.is_of(group, self.state):
             for gone in set(known) - set(map(id, self.param_groups)):
                 del known[gone]
-            states = [self._matrix_state(p, layout, group) if p.grad is not None else {} for p in group["params"]]
+            # All ranks must save the same keys, so a sharded parameter has a state also before its first gradient.
+            states = [
+                self._matrix_state(p, layout, group) if p.grad is not None or is_sharded(p) else {}
+                for p in group["params"]
+            ]
             gathered = known[id(group)] = GroupState(group, states)
-        lists, steps = gathered.lists_and_steps()
-        if gathered.is_together and len(set(steps)) == 1:
+        lists, steps, stepping = gathered.lists_and_steps()
+        shared = self._shared_group(group, layout) if gathered.may_share else None
+        if shared is None and gathered.is_together and len(set(steps)) == 1:
             self._step_lists(lists, layout, group, steps[0])
             return
+        if shared is not None:
+            shared.step(
+                self,
+                group,
+                {i: lists.entry(k) for k, i in enumerate(stepping) if i in shared.members},
+                dict(zip(stepping, steps, strict=True)),
+                scale=lambda fan_out, fan_in: self._scale(fan_out, fan_in, group),
+                root=lambda step: self._root(group, step),
+            )
         # Parameters that joined later are behind the others; a model may lie on several devices, or in shards.
-        together: dict[tuple[float, torch.device], list[int]] = defaultdict(list)
-        for i, (p, step) in enumerate(zip(lists.params, steps, strict=True)):
-            if is_sharded(p):
-                self._step_sharded(lists.entry(i), layout, group, step)
+        together: dict[tuple[float, torch.device], list[Matrices]] = defaultdict(list)
+        for k, (i, step) in enumerate(zip(stepping, steps, strict=True)):
+            if shared is not None and i in shared.members:
+                continue
+            entry = lists.entry(k)
+            if is_sharded(entry.param):  # one at a time, for gathered ones take memory
+                entry, written = local_or_whole(entry, layout)
+                if entry.param.numel():
+                    self._step_lists(MatrixLists.of([entry]), layout, group, step)
+                for destination, source in written:
+                    write_shard(destination, source)
             else:
-                together[step, p.device].append(i)
-        for (step, _), chosen in together.items():
-            self._step_lists(lists.select(chosen), layout, group, step)
+                together[step, entry.param.device].append(entry)
+        for (step, _), entries in together.items():
+            self._step_lists(MatrixLists.of(entries), layout, group, step)
+
+    def _shared_group(self, group: dict[str, Any], layout: MatrixLayout) -> DistributedGroup | None:
+        """The parameters of a group that ranks step together; planned once, None where there are none."""
+        plans: dict[int, tuple[list[Tensor], DistributedGroup | None]] = self.__dict__.setdefault("_plans", {})
+        params: list[Tensor] = group["params"]
+        known = plans.get(id(group))
+        if known is None or list(map(id, known[0])) != list(map(id, params)):
+            for gone in set(plans) - set(map(id, self.param_groups)):
+                del plans[gone]
+            has_shards = any(is_sharded(p) for other in self.param_groups for p in other["params"])
+            dtypes = [_momentum_dtype(p, group) for p in params]
+            plan = plan_group(group, layout, dtypes, may_be_ddp=not has_shards)
+            known = plans[id(group)] = (list(params), plan)
+        return known[1]
 
     def _step_lists(self, lists: MatrixLists, layout: MatrixLayout, group: dict[str, Any], step: float) -> None:
         """Step parameters of one group and device: what the GPU kernels can take by them, the others plainly."""
@@ -196,7 +235,7 @@ class MatrixOptimizer(Optimizer):
                 self._kernel_rule(group),
                 lambda fan_out, fan_in: self._scale(fan_out, fan_in, group),
                 lr=group["lr"],
-                correction=self._bias_correction(group, step),
+                correction=1 / self._root(group, step),
                 max_workspace_bytes=group["max_workspace_bytes"],
                 cuda_graph=group["cuda_graph"],
                 take_all=group["kernels"] == "triton",
@@ -217,16 +256,8 @@ class MatrixOptimizer(Optimizer):
             beta=group["momentum"],
             nesterov=group["nesterov"],
             weight_decay=group["weight_decay"],
-            weight=self._gradient_weight(group),
+            weight=self.gradient_weight(group),
         )
-
-    def _bias_correction(self, group: dict[str, Any], step: float) -> float:
-        """Factor of the second moment's root in step ``step``."""
-        return 1.0
-
-    def _gradient_weight(self, group: dict[str, Any]) -> float:
-        """w, negative to step along the gradient."""
-        return (1 - group["momentum"] if self.momentum_is_average else 1) * (-1 if group["maximize"] else 1)
 
     def _step_plainly(self, entries: list[Matrices], layout: MatrixLayout, group: dict[str, Any], step: float) -> None:
         stacks: dict[tuple[Any, ...], list[Matrices]] = defaultdict(list)
@@ -235,31 +266,13 @@ class MatrixOptimizer(Optimizer):
                 fan_out, fan_in = to_matrices(part.param, layout).shape[-2:]
                 stacks[fan_out, fan_in, part.param.dtype, part.momentum.dtype, part.param.device].append(part)
         for (fan_out, fan_in, *_), parts in stacks.items():
-            matrix_bytes = STACK_COPIES * fan_out * fan_in * _state_dtype(parts[0].param).itemsize
+            matrix_bytes = STACK_COPIES * fan_out * fan_in * state_dtype(parts[0].param).itemsize
             scale = self._scale(fan_out, fan_in, group)
             max_bytes = group["max_workspace_bytes"]
             if parts[0].param.device.type == "cpu":
                 max_bytes = min(max_bytes, CPU_STACK_BYTES)
             for stack in chunks(parts, max(1, max_bytes // matrix_bytes)):
-                self._step_stack(stack, layout, group, step, scale)
-
-    def _step_sharded(self, entry: Matrices, layout: MatrixLayout, group: dict[str, Any], step: float) -> None:
-        """Every rank gathers the whole parameter, steps it, and keeps its own shard."""
-        second = entry.second_moment
-        gathered = Matrices(
-            whole(entry.param),
-            whole(entry.grad),
-            whole(entry.momentum),
-            None if second is None else whole(second),
-            entry.skipped,
-            entry.lookahead_scale,
-        )
-        lists = MatrixLists(*([getattr(gathered, field.name)] for field in fields(gathered)))
-        self._step_lists(lists, layout, group, step)
-        write_shard(entry.param, gathered.param)
-        write_shard(entry.momentum, gathered.momentum)
-        if second is not None and gathered.second_moment is not None:
-            write_shard(second, gathered.second_moment)
+                step_stack(self, stack, layout, group, scale=scale, root=self._root(group, step))
 
     def _matrix_state(self, p: Tensor, layout: MatrixLayout, group: dict[str, Any]) -> dict[str, Any]:
         state: dict[str, Any] = self.state[p]
@@ -269,81 +282,55 @@ class MatrixOptimizer(Optimizer):
                 p, dtype=_momentum_dtype(p, group), memory_format=torch.preserve_format
             )
             if self.has_second_moment:
-                state["exp_avg_sq"] = torch.zeros_like(p, dtype=_state_dtype(p), memory_format=torch.preserve_format)
+                state["exp_avg_sq"] = torch.zeros_like(p, dtype=state_dtype(p), memory_format=torch.preserve_format)
             matrices = layout.matrix_count(tuple(p.shape))
             state["skipped"] = torch.zeros(matrices, dtype=torch.int64, device=p.device)
         if p.is_cuda and "lookahead_scale" not in state:  # also after a checkpoint from another device
             state["lookahead_scale"] = torch.zeros(state["skipped"].numel(), dtype=torch.float32, device=p.device)
         return state
 
-    def _step_stack(
-        self, stack: list[Matrices], layout: MatrixLayout, group: dict[str, Any], step: float, scale: float
-    ) -> None:
-        """One step of matrices of one shape, as one stack (b, fan_out, fan_in)."""
-        dtype = _state_dtype(stack[0].param)
-        beta = group["momentum"]
-        grad = gather([entry.grad for entry in stack], layout).to(dtype)
-        weight = self._gradient_weight(group)
-        if weight != 1:
-            grad.mul_(weight)
-        momentum = gather([entry.momentum for entry in stack], layout).to(dtype).mul_(beta).add_(grad)
-        lookahead = grad.add_(momentum, alpha=beta) if group["nesterov"] else momentum
-        finite = torch.isfinite(largest_magnitude(lookahead, dim=(-2, -1)))  # (b, 1, 1)
-        all_finite = finite.device.type == "cpu" and bool(finite.all())  # on a GPU, looking would mean waiting
-        if not all_finite:
-            lookahead = torch.where(finite, lookahead, 0)
-            momentum = torch.where(finite, momentum, gather([entry.momentum for entry in stack], layout))
-        second_moment = None
-        if self.has_second_moment:
-            second_moment = gather([present(entry.second_moment) for entry in stack], layout)
-        direction = self._direction(lookahead, second_moment, group, step)
+    # ---- the rule: see plain_step.Rule ----
 
-        # Where a matrix is skipped its rate is 0; a plain number is faster where none is.
-        rate = group["lr"] if all_finite else group["lr"] * finite.to(dtype)
-        param = gather([entry.param for entry in stack], layout).to(dtype).mul_(1 - rate * group["weight_decay"])
-        if isinstance(rate, Tensor):
-            param.addcmul_(direction, -rate * scale)
-        else:
-            param.add_(direction, alpha=-rate * scale)
+    def gradient_weight(self, group: dict[str, Any]) -> float:
+        """w, negative to step along the gradient."""
+        return (1 - group["momentum"] if self.momentum_is_average else 1) * (-1 if group["maximize"] else 1)
 
-        scatter(param, [entry.param for entry in stack], layout)
-        scatter(momentum, [entry.momentum for entry in stack], layout)
-        if second_moment is not None:
-            old = [present(entry.second_moment) for entry in stack]
-            scatter(
-                second_moment if all_finite else torch.where(finite, second_moment, gather(old, layout)), old, layout
-            )
-        if not all_finite:
-            bad = (~finite).flatten().to(torch.int64)
-            counts = [entry.skipped.numel() for entry in stack]
-            torch._foreach_add_([entry.skipped for entry in stack], list(torch.split(bad, counts)))
+    def map_input(self, lookahead: Tensor, group: dict[str, Any]) -> Tensor:
+        """What the map looks at: the lookahead itself."""
+        return lookahead
 
-    def _direction(
-        self, lookahead: Tensor, second_moment: Tensor | None, group: dict[str, Any], step: float
-    ) -> Tensor:
-        """Direction of a stack, (b, fan_out, fan_in); the rule that a subclass is.
+    def wire_dtypes(
+        self, group: dict[str, Any], dtype: torch.dtype, device: torch.device
+    ) -> tuple[torch.dtype, torch.dtype]:
+        """That of the state into the map, and that of the map, if it is smaller, out of it."""
+        map_dtype = self._map_dtype(dtype, device, group)
+        return dtype, map_dtype if map_dtype.itemsize < dtype.itemsize else dtype
 
-        Args:
-            lookahead: (b, fan_out, fan_in), finite, in the state's dtype; not modified.
-            second_moment: (b, fan_out, fan_in), updated in place; None for a rule without one.
-            group: the param group, for the hyperparameters.
-            step: number of this step, from 1.
-        """
+    def map_lookahead(self, x: Tensor, group: dict[str, Any]) -> Tensor:
+        """Direction of whole matrices, (b, fan_out, fan_in), finite, in the state's dtype; ``x`` is not modified."""
         raise NotImplementedError
+
+    def adapt(self, direction: Tensor, second_moment: Tensor, group: dict[str, Any], root: float | Tensor) -> Tensor:
+        """For a rule with a second moment: update it in place and divide by its root."""
+        raise NotImplementedError
+
+    def rms_divisor(self, rms: Tensor, group: dict[str, Any]) -> Tensor:
+        """For a rule with a second moment: what a direction of this root mean square is divided by."""
+        raise NotImplementedError
+
+    def _root(self, group: dict[str, Any], step: float) -> float:
+        """Root of the second moment's bias in step ``step``: sqrt(1 - beta2^t), or 1."""
+        return 1.0
 
     def _scale(self, fan_out: int, fan_in: int, group: dict[str, Any]) -> float:
         """Factor from direction to update for a matrix of this shape."""
         return update_scale(fan_out, fan_in, rule=group["update_scale"], update_rms=group["update_rms"])
 
-    def _map_dtype(self, lookahead: Tensor, group: dict[str, Any]) -> torch.dtype:
+    def _map_dtype(self, dtype: torch.dtype, device: torch.device, group: dict[str, Any]) -> torch.dtype:
         """Precision of the map; "auto" is bfloat16 for float32 state where the device multiplies it natively."""
         if group["map_dtype"] != "auto":
             return MAP_DTYPES[group["map_dtype"]]
-        return (
-            torch.bfloat16
-            if lookahead.dtype == torch.float32 and has_fast_bfloat16(lookahead.device)
-            else lookahead.dtype
-        )
+        return torch.bfloat16 if dtype == torch.float32 and has_fast_bfloat16(device) else dtype
 
     def _step_adamw_group(self, group: dict[str, Any]) -> None:
         params = [p for p in group["params"] if p.grad is not None]
@@ -374,6 +361,20 @@ class MatrixOptimizer(Optimizer):
             maximize=group["maximize"],
         )
 
+    def describe_plan(self) -> str:
+        """Which rank maps which matrix, as a Markdown table; known after the first step."""
+        plans: dict[int, tuple[list[Tensor], DistributedGroup | None]] = self.__dict__.get("_plans", {})
+        rows = []
+        for group in self.param_groups:
+            _, shared = plans.get(id(group), (None, None))
+            if shared is not None:
+                rows += shared.describe([_name(group, i).strip("'") for i in range(len(group["params"]))])
+        if not rows:
+            return "Nothing is shared out between ranks, or no step has been taken yet."
+        header = ("matrix", "shape", "cut along", "mapped by", "elements", "share of the operations")
+        lines = [header, ("---",) * 4 + ("---:",) * 2, *rows]
+        return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
     # ---- checkpoints ----
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -388,6 +389,9 @@ class MatrixOptimizer(Optimizer):
         check_checkpoint(state_dict["param_groups"], self.param_groups)
         saved_ids = [i for group in state_dict["param_groups"] for i in group["params"]]
         super().load_state_dict(state_dict)
+        for group in self.param_groups:
+            for key, value in self.defaults.items():  # options that are younger than the checkpoint
+                group.setdefault(key, value)
         for name in ("_group_states", "_fast_path"):  # they hold on to the tensors that are replaced
             self.__dict__.pop(name, None)
         parameters = [(p, group) for group in self.param_groups for p in group["params"]]
@@ -400,7 +404,7 @@ class MatrixOptimizer(Optimizer):
                     if key == "momentum_buffer":
                         dtype = _momentum_dtype(p, group)
                     elif key == "exp_avg_sq":
-                        dtype = _state_dtype(p)
+                        dtype = state_dtype(p)
                     loaded = value.to(device=device, dtype=dtype)
                 self.state[p][key] = loaded.clone() if isinstance(loaded, Tensor) else loaded
 
@@ -413,13 +417,8 @@ def has_fast_bfloat16(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
-def _state_dtype(p: Tensor) -> torch.dtype:
-    """float32 at least, whatever the parameter's dtype."""
-    return torch.promote_types(p.dtype, torch.float32)
-
-
 def _momentum_dtype(p: Tensor, group: dict[str, Any]) -> torch.dtype:
-    return _state_dtype(p) if group["momentum_dtype"] == "auto" else torch.bfloat16
+    return state_dtype(p) if group["momentum_dtype"] == "auto" else torch.bfloat16
 
 
 def _check(group: dict[str, Any], key: str, is_valid: Callable[[Any], bool], allowed: str) -> None:

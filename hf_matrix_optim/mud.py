@@ -43,6 +43,8 @@ class MUD(MatrixOptimizer):
         cuda_graph: replay the kernels' step as one CUDA graph, which holds on to its workspace between steps.
         momentum_dtype: "auto" (float32 for parameters of 32 bits or less) or "bfloat16", which halves its memory.
         max_workspace_bytes: bound of the temporary stacks of a step, in bytes.
+        distribute: "auto" maps each matrix on one rank where several hold it or its shards (DDP, FSDP2, HSDP, tensor
+            parallel); "off" maps every matrix on every rank.
 
     Raises:
         ValueError: for a value out of range, naming it, and for a matrix group with a parameter that is no matrix.
@@ -72,6 +74,7 @@ class MUD(MatrixOptimizer):
         cuda_graph: bool = False,
         momentum_dtype: str = "auto",
         max_workspace_bytes: int = 2**30,
+        distribute: str = "auto",
     ) -> None:
         super().__init__(
             params,
@@ -92,6 +95,7 @@ class MUD(MatrixOptimizer):
                 "cuda_graph": cuda_graph,
                 "momentum_dtype": momentum_dtype,
                 "max_workspace_bytes": max_workspace_bytes,
+                "distribute": distribute,
             },
         )
 
@@ -106,11 +110,14 @@ class MUD(MatrixOptimizer):
             passes=group["passes"],
         )
 
-    def _map_dtype(self, lookahead: Tensor, group: dict[str, Any]) -> torch.dtype:
+    def _map_dtype(self, dtype: torch.dtype, device: torch.device, group: dict[str, Any]) -> torch.dtype:
         # A bfloat16 Gram matrix costs 20 % relative error on correlated rows, so "auto" keeps the state's precision.
-        return lookahead.dtype if group["map_dtype"] == "auto" else super()._map_dtype(lookahead, group)
+        return dtype if group["map_dtype"] == "auto" else super()._map_dtype(dtype, device, group)
 
-    def _direction(
-        self, lookahead: Tensor, second_moment: Tensor | None, group: dict[str, Any], step: float
-    ) -> Tensor:
-        return decorrelate(lookahead, passes=group["passes"], map_dtype=self._map_dtype(lookahead, group))
+    def wire_dtypes(
+        self, group: dict[str, Any], dtype: torch.dtype, device: torch.device
+    ) -> tuple[torch.dtype, torch.dtype]:
+        return dtype, dtype  # the solve is in float32, whatever the products are in
+
+    def map_lookahead(self, x: Tensor, group: dict[str, Any]) -> Tensor:
+        return decorrelate(x, passes=group["passes"], map_dtype=self._map_dtype(x.dtype, x.device, group))

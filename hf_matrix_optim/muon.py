@@ -44,6 +44,8 @@ class Muon(MatrixOptimizer):
         cuda_graph: replay the kernels' step as one CUDA graph, which holds on to its workspace between steps.
         momentum_dtype: "auto" (float32 for parameters of 32 bits or less) or "bfloat16", which halves its memory.
         max_workspace_bytes: bound of the temporary stacks of a step, in bytes.
+        distribute: "auto" maps each matrix on one rank where several hold it or its shards (DDP, FSDP2, HSDP, tensor
+            parallel); "off" maps every matrix on every rank.
 
     Raises:
         ValueError: for a value out of range, naming it, and for a matrix group with a parameter that is no matrix.
@@ -74,6 +76,7 @@ class Muon(MatrixOptimizer):
         cuda_graph: bool = False,
         momentum_dtype: str = "auto",
         max_workspace_bytes: int = 2**30,
+        distribute: str = "auto",
     ) -> None:
         super().__init__(
             params,
@@ -95,6 +98,7 @@ class Muon(MatrixOptimizer):
                 "cuda_graph": cuda_graph,
                 "momentum_dtype": momentum_dtype,
                 "max_workspace_bytes": max_workspace_bytes,
+                "distribute": distribute,
             },
         )
 
@@ -108,12 +112,10 @@ class Muon(MatrixOptimizer):
             coefficients=coefficients_for(group["ns_coefficients"], group["ns_steps"]),
         )
 
-    def _direction(
-        self, lookahead: Tensor, second_moment: Tensor | None, group: dict[str, Any], step: float
-    ) -> Tensor:
+    def map_lookahead(self, x: Tensor, group: dict[str, Any]) -> Tensor:
         return newton_schulz(
-            lookahead,
+            x,
             ns_coefficients=group["ns_coefficients"],
             ns_steps=group["ns_steps"],
-            map_dtype=self._map_dtype(lookahead, group),
+            map_dtype=self._map_dtype(x.dtype, x.device, group),
         )

@@ -43,6 +43,7 @@ class MatrixOptimizerOptions:
         cuda_graph: replay the kernels' step as one CUDA graph.
         momentum_dtype: "auto" (float32 for parameters of 32 bits or less) or "bfloat16".
         max_workspace_bytes: bound of the temporary stacks of a step, in bytes.
+        distribute: "auto" maps each matrix on one of the ranks that hold it or its shards, "off" on every rank.
     """
 
     matrix_lr: float | None = None
@@ -61,6 +62,7 @@ class MatrixOptimizerOptions:
     cuda_graph: bool = False
     momentum_dtype: Literal["auto", "bfloat16"] = "auto"
     max_workspace_bytes: int = 2**30
+    distribute: Literal["auto", "off"] = "auto"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -55,11 +55,12 @@ class MatrixLists:
     skipped: list[Tensor]
     lookahead_scales: list[Tensor | None]
 
+    @classmethod
+    def of(cls, entries: list[Matrices]) -> "MatrixLists":
+        return cls(*([getattr(entry, f.name) for entry in entries] for f in fields(Matrices)))
+
     def entry(self, i: int) -> Matrices:
         return Matrices(*(getattr(self, f.name)[i] for f in fields(self)))
-
-    def select(self, chosen: list[int]) -> "MatrixLists":
-        return MatrixLists(*([getattr(self, f.name)[i] for i in chosen] for f in fields(self)))
 
 
 def chunks(parts: Iterable[Matrices], count: int) -> Iterator[list[Matrices]]:

@@ -12,8 +12,15 @@ PACKAGE = ROOT / "hf_matrix_optim"
 LAYERS = {
     "math": {"newton_schulz", "decorrelate", "update_scale", "matrix_layout"},
     "partition": {"fused_layouts", "model_places", "parameter_routing", "partition"},
-    "ranks": {"sharding", "sharding.full_tensor"},
     "stacks": {"stacks"},
+    "ranks": {
+        "sharding",
+        "sharding.shard_layout",
+        "sharding.plan",
+        "sharding.exchange",
+        "sharding.guard",
+        "sharding.full_tensor",
+    },
     "kernels": {
         "kernels",
         "kernels.elementwise_triton",
@@ -24,7 +31,7 @@ LAYERS = {
         "kernels.stack_step",
         "kernels.fast_path",
     },
-    "step": {"checkpoint_check", "group_state", "matrix_optimizer"},
+    "step": {"checkpoint_check", "group_state", "plain_step", "distributed_step", "matrix_optimizer"},
     "rules": {"muon", "adamuon", "mud"},
     "hook": {"options", "registry", "registration", "tripwire", "import_hook", "trainer"},
     "root": {""},

@@ -234,9 +234,9 @@ def test_stacks_hold_matrices_of_one_shape_and_keep_to_the_cap():
     seen = []
 
     class Watched(Muon):
-        def _direction(self, lookahead, second_moment, group, step):
-            seen.append(tuple(lookahead.shape))
-            return super()._direction(lookahead, second_moment, group, step)
+        def map_lookahead(self, x, group):
+            seen.append(tuple(x.shape))
+            return super().map_lookahead(x, group)
 
     params = [torch.nn.Parameter(torch.randn(*shape)) for shape in [(4, 6), (6, 4), (4, 6), (5, 5), (3, 4, 6)]]
     for p in params:

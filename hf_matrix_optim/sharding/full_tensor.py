@@ -1,14 +1,57 @@
-"""Sharded parameters by the plainest exact scheme: every rank gathers the whole matrix and keeps its own shard."""
+"""DTensors whose matrices are not shared out: stacks of whole matrices stay, all others are gathered on every rank."""
+
+from dataclasses import replace
 
 from torch import Tensor
 
+from hf_matrix_optim.matrix_layout import MatrixLayout
+from hf_matrix_optim.sharding.shard_layout import layout_of, local_of
+from hf_matrix_optim.stacks import Matrices
 
-def is_sharded(tensor: Tensor) -> bool:
-    """True for a DTensor: FSDP2, HSDP or tensor parallel."""
-    return hasattr(tensor, "placements") and hasattr(tensor, "full_tensor")
+Written = list[tuple[Tensor, Tensor]]
 
 
-def whole(tensor: Tensor) -> Tensor:
+def local_or_whole(entry: Matrices, layout: MatrixLayout) -> tuple[Matrices, Written]:
+    """Plain tensors to step in place of DTensors, and what is to be written back with ``write_shard``.
+
+    Experts that are cut between matrices are stepped where they are. Any other parameter is gathered, a collective in
+    its mesh, and each rank keeps its shard of the result.
+    """
+    shards = layout_of(entry.param)
+    if shards is None or not shards.has_whole_matrices(layout):
+        whole = replace(
+            entry,
+            param=_whole(entry.param),
+            grad=_whole(entry.grad),
+            momentum=_whole(entry.momentum),
+            second_moment=None if entry.second_moment is None else _whole(entry.second_moment),
+        )
+        written: Written = [(entry.param, whole.param), (entry.momentum, whole.momentum)]
+        if entry.second_moment is not None and whole.second_moment is not None:
+            written.append((entry.second_moment, whole.second_moment))
+        return whole, written
+    parts = len(layout.split_sizes or (1,))
+    start, count = sum(shards.extents[: shards.shards.place]), shards.extents[shards.shards.place]
+    # (parts * matrices,), of which this rank has some of each part
+    skipped = entry.skipped.view(parts, -1)[:, start : start + count]
+    scale = None if entry.lookahead_scale is None else entry.lookahead_scale.view(parts, -1)[:, start : start + count]
+    local = Matrices(
+        local_of(entry.param),
+        local_of(entry.grad),
+        local_of(entry.momentum),
+        None if entry.second_moment is None else local_of(entry.second_moment),
+        skipped.flatten(),
+        None if scale is None else scale.flatten(),
+    )
+    written = []
+    if parts > 1:  # else the flattened ones share their memory
+        written.append((skipped, local.skipped.view(parts, -1)))
+    if parts > 1 and scale is not None and local.lookahead_scale is not None:
+        written.append((scale, local.lookahead_scale.view(parts, -1)))
+    return local, written
+
+
+def _whole(tensor: Tensor) -> Tensor:
     """A new plain tensor with every shard of a DTensor; a collective in its mesh."""
     from torch.distributed.tensor import DTensor
 
@@ -17,14 +60,15 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def write_shard(destination: Tensor, source: Tensor) -> None:
-    """Copy this rank's shard of ``source``, which every rank holds whole, into the DTensor ``destination``.
+    """Copy into a DTensor this rank's shard of ``source``, which every rank holds whole; into a plain tensor, all.
 
     No bytes are exchanged: each rank cuts its own shard.
     """
     from torch.distributed.tensor import DTensor, Replicate
 
-    assert isinstance(destination, DTensor)
+    if not isinstance(destination, DTensor):
+        destination.copy_(source)
+        return
     mesh = destination.device_mesh
     replicated = DTensor.from_local(source, mesh, [Replicate()] * mesh.ndim, run_check=False)
-    local = replicated.redistribute(mesh, destination.placements).to_local()
-    destination.to_local().copy_(local)
+    destination.to_local().copy_(replicated.redistribute(mesh, destination.placements).to_local())

@@ -1,0 +1,85 @@
+"""Which rank maps which matrix, and in which rounds: the same plan on every rank, without talking."""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+#: Most elements of a round on one owner; two rounds are under way at a time.
+ROUND_ELEMENTS = 2**26
+
+
+@dataclass(frozen=True)
+class MatrixJob:
+    """A matrix to be mapped by one rank.
+
+    Attributes:
+        parameter: position of its parameter in the param group.
+        piece: position of the matrix in the parameter.
+        fans: (fan_out, fan_in).
+        axis, extents: how it is cut, see ``MatrixPiece``.
+        dtypes: of the parameter and its momentum; a stack has one of each.
+    """
+
+    parameter: int
+    piece: int
+    fans: tuple[int, int]
+    axis: int | None
+    extents: tuple[int, ...]
+    dtypes: tuple[str, ...]
+
+    @property
+    def elements(self) -> int:
+        return self.fans[0] * self.fans[1]
+
+    @property
+    def operations(self) -> float:
+        """Of one Newton-Schulz iteration up to a factor: 4 k^2 d + 2 k^3, k the shorter side."""
+        k, d = sorted(self.fans)
+        return 4.0 * k * k * d + 2.0 * k**3
+
+
+@dataclass(frozen=True)
+class Round:
+    """Equal matrices that go through gather, map and scatter together, ordered by their owner.
+
+    Attributes:
+        jobs: all of them, as they lie in this rank's stack.
+        counts: ``counts[replica][shard]``, how many each owner maps.
+    """
+
+    jobs: tuple[MatrixJob, ...]
+    counts: tuple[tuple[int, ...], ...]
+
+
+def owners_of(jobs: Sequence[MatrixJob], owners: int) -> list[int]:
+    """Owner of each job: the longest first, each to the rank with the least work (longest processing time)."""
+    order = sorted(range(len(jobs)), key=lambda i: (-jobs[i].operations, i))
+    load = [0.0] * owners
+    chosen = [0] * len(jobs)
+    for i in order:
+        owner = min(range(owners), key=lambda rank: (load[rank], rank))
+        chosen[i] = owner
+        load[owner] += jobs[i].operations
+    return chosen
+
+
+def rounds_of(jobs: Sequence[MatrixJob], shards: int, replicas: int, max_elements: int) -> list[Round]:
+    """Rounds of equal matrices, at most ``max_elements`` an owner (but at least one matrix)."""
+    owner_of = dict(zip(range(len(jobs)), owners_of(jobs, shards * replicas), strict=True))
+    by_shape: dict[tuple[object, ...], list[list[int]]] = defaultdict(lambda: [[] for _ in range(shards * replicas)])
+    for i, job in enumerate(jobs):
+        by_shape[job.fans, job.axis, job.extents, job.dtypes][owner_of[i]].append(i)
+    rounds = []
+    for owned in by_shape.values():
+        elements = jobs[next(i for each in owned for i in each)].elements
+        most = max(1, max_elements // elements)
+        for start in range(0, max(map(len, owned)), most):
+            chunk = [each[start : start + most] for each in owned]
+            counts = [len(each) for each in chunk]
+            rounds.append(
+                Round(
+                    tuple(jobs[i] for each in chunk for i in each),
+                    tuple(tuple(counts[r * shards : (r + 1) * shards]) for r in range(replicas)),
+                )
+            )
+    return rounds
