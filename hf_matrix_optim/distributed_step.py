@@ -15,11 +15,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hf_matrix_optim.kernels.kernel_round import KernelRound, can_take
+from hf_matrix_optim.kernels.stack_plan import StackPlan
+from hf_matrix_optim.kernels.stack_step import KernelRule
 from hf_matrix_optim.matrix_layout import MatrixLayout
-from hf_matrix_optim.plain_step import Group, Rule, apply_direction, are_finite, look_ahead, state_dtype
-from hf_matrix_optim.sharding.exchange import Exchange, Pending
+from hf_matrix_optim.plain_round import PlainRound
+from hf_matrix_optim.plain_step import Group, Rule
+from hf_matrix_optim.sharding.exchange import Exchange
 from hf_matrix_optim.sharding.guard import are_equal, check_same, ranks_of_ddp
 from hf_matrix_optim.sharding.plan import ROUND_ELEMENTS, MatrixJob, Round, rounds_of
+from hf_matrix_optim.sharding.round_step import RoundStep, RoundTask, run_rounds
 from hf_matrix_optim.sharding.shard_layout import (
     ALONE,
     Ranks,
@@ -35,8 +40,8 @@ from hf_matrix_optim.stacks import Matrices
 
 logger = logging.getLogger("transformers.hf_matrix_optim")
 
-#: Bytes that a round needs for each element of an owner's share, all its stages together.
-BYTES_AN_ELEMENT = 64
+#: Bytes that the rounds under way need for each element of an owner's share.
+PLAIN_BYTES, KERNEL_BYTES = 64, 28
 
 
 @dataclass
@@ -56,6 +61,7 @@ class DistributedGroup:
         layout: how they are read as matrices.
         momentum_dtypes: of the members' momenta.
         max_workspace_bytes: bound of the temporary tensors of the rounds under way.
+        by_kernels: whether the GPU kernels may be used.
     """
 
     def __init__(
@@ -64,10 +70,15 @@ class DistributedGroup:
         layout: MatrixLayout,
         momentum_dtypes: list[torch.dtype],
         max_workspace_bytes: int,
+        by_kernels: bool,
     ) -> None:
         self.members = {member.index: member for member in members}
         self.layout = layout
         self.schedules: list[tuple[Ranks, Ranks, list[Round]]] = []
+        self.by_kernels = by_kernels
+        self._fixed: dict[int, tuple[Any, ...]] = {}
+        self._plans: dict[int, dict[tuple[int, ...], StackPlan]] = defaultdict(dict)
+        self._scalars: dict[torch.device, Tensor] = {}
         jobs: dict[tuple[Any, ...], list[MatrixJob]] = defaultdict(list)
         groups: dict[tuple[Any, ...], tuple[Ranks, Ranks]] = {}
         for member, momentum_dtype in zip(members, momentum_dtypes, strict=True):
@@ -79,13 +90,15 @@ class DistributedGroup:
                 MatrixJob(member.index, i, piece.fans, piece.axis, piece.extents, dtypes)
                 for i, piece in enumerate(pieces_of(layout, shards))
             ]
-        most = max(1, min(ROUND_ELEMENTS, max_workspace_bytes // BYTES_AN_ELEMENT))
+        element_bytes = KERNEL_BYTES if by_kernels else PLAIN_BYTES
         for key, (cut, copies) in groups.items():
+            most = max(1, min(ROUND_ELEMENTS, max_workspace_bytes // (element_bytes * copies.size)))
             self.schedules.append((cut, copies, rounds_of(jobs[key], cut.size, copies.size, most)))
 
     def step(
         self,
         rule: Rule,
+        kernel_rule: KernelRule,
         group: Group,
         entries: dict[int, Matrices],
         steps: dict[int, float],
@@ -97,6 +110,7 @@ class DistributedGroup:
 
         Args:
             rule: the optimizer.
+            kernel_rule: the same for the kernels.
             group: the param group.
             entries: tensors of the members with a gradient, by index; the others take part with zeros.
             steps: number of this step for each of them.
@@ -104,19 +118,42 @@ class DistributedGroup:
             root: see ``Rule.adapt``, by number of the step.
         """
         pieces = {i: self._pieces(i, entry) for i, entry in entries.items()}
-        stages: list[_RoundStep] = []
-        for shards, replicas, rounds in self.schedules:
-            for plan in rounds:
+        rounds: list[RoundStep] = []
+        for shards, replicas, planned in self.schedules:
+            for plan in planned:
+                by_kernels = self.by_kernels and can_take(plan.jobs[0], self.layout)
                 present = [k for k, job in enumerate(plan.jobs) if job.parameter in pieces]
-                stack = [pieces[plan.jobs[k].parameter][plan.jobs[k].piece] for k in present]
-                roots = [root(steps[plan.jobs[k].parameter]) for k in present]
-                like = local_of(self.members[plan.jobs[0].parameter].param)
-                exchange = Exchange(plan, shards, replicas)
-                stages.append(_RoundStep(rule, group, self.layout, exchange, stack, present, roots, scale, like))
-        for i in range(len(stages) + 3):
-            for late, stage in enumerate((_RoundStep.begin, _RoundStep.map, _RoundStep.share, _RoundStep.finish)):
-                if 0 <= i - late < len(stages):
-                    stage(stages[i - late])
+                first = self.members[plan.jobs[0].parameter].param
+                task = RoundTask(
+                    group,
+                    self.layout,
+                    Exchange(plan, shards, replicas, is_transposed=by_kernels and self.layout.output_axis == 1),
+                    [pieces[plan.jobs[k].parameter][plan.jobs[k].piece] for k in present],
+                    present,
+                    [root(steps[plan.jobs[k].parameter]) for k in present],
+                    scale,
+                    first.device,
+                    first.dtype,
+                )
+                if by_kernels:
+                    scalars = functools.partial(self._scalars_on, first.device, group["lr"])
+                    rounds.append(KernelRound(task, kernel_rule, self._plans[len(rounds)], scalars))
+                else:
+                    rounds.append(PlainRound(task, rule))
+        run_rounds(rounds)
+
+    def _scalars_on(self, device: torch.device, lr: float | Tensor, corrections: list[float]) -> Tensor:
+        """(2,), or (1 + b,) where corrections differ: see ``stack_step.apply_direction``; nothing waits for it."""
+        if len(set(corrections)) == 1:
+            scalars = self._scalars.setdefault(device, torch.zeros(2, dtype=torch.float32, device=device))
+            scalars[1:].fill_(corrections[0])
+        else:
+            scalars = torch.tensor([0.0, *corrections], dtype=torch.float32).to(device, non_blocking=True)
+        if isinstance(lr, Tensor):
+            scalars[:1].copy_(lr.view(1))
+        else:
+            scalars[:1].fill_(lr)
+        return scalars
 
     def describe(self, names: list[str]) -> list[tuple[str, ...]]:
         """A row for each matrix: name, shape, axis that is cut, owning rank, bytes of its elements, share of the work.
@@ -150,18 +187,25 @@ class DistributedGroup:
     def _pieces(self, index: int, entry: Matrices) -> list[Matrices]:
         """This rank's elements of each matrix of a parameter."""
         shards = self.members[index].shards
-        second = entry.second_moment
-        views = [
-            views_of(local_of(tensor), self.layout, shards)
-            for tensor in (entry.param, in_placements_of(entry.param, entry.grad), entry.momentum)
-        ]
-        seconds = [None] * len(views[0]) if second is None else views_of(local_of(second), self.layout, shards)
-        skipped = torch.split(entry.skipped, 1)
-        return [Matrices(*tensors) for tensors in zip(*views, seconds, skipped, strict=True)]
+        state = (entry.param, entry.momentum, entry.second_moment)
+        local = [None if tensor is None else local_of(tensor) for tensor in state]
+        fixed = (*local, entry.skipped, entry.lookahead_scale)
+        known = self._fixed.get(index)
+        if known is None or any(a is not b for a, b in zip(known[0], fixed, strict=True)):
+            count = self._count(index)
+            views = [[None] * count if tensor is None else views_of(tensor, self.layout, shards) for tensor in local]
+            flags = [
+                [None] * count if tensor is None else torch.split(tensor, 1)
+                for tensor in (entry.skipped, entry.lookahead_scale)
+            ]
+            known = self._fixed[index] = (fixed, *views, *flags)
+        _, params, momenta, seconds, skipped, scales = known
+        grads = views_of(local_of(in_placements_of(entry.param, entry.grad)), self.layout, shards)
+        return [Matrices(*tensors) for tensors in zip(params, grads, momenta, seconds, skipped, scales, strict=True)]
 
 
 def plan_group(
-    group: Group, layout: MatrixLayout, momentum_dtypes: list[torch.dtype], *, may_be_ddp: bool
+    group: Group, layout: MatrixLayout, momentum_dtypes: list[torch.dtype], *, may_be_ddp: bool, by_kernels: bool
 ) -> DistributedGroup | None:
     """Find the parameters of a group that ranks can step together, and plan it; compared over the ranks once.
 
@@ -203,104 +247,16 @@ def plan_group(
         return None
     members.sort(key=lambda member: member.index)
     names = group.get("param_names") or [f"parameter {i}" for i in range(len(params))]
-    lines = [
+    lines = [f"{group['algorithm']} by {'kernels' if by_kernels else 'plain functions'}"] + [
         f"{names[member.index]} {tuple(member.param.shape)} {member.param.dtype} cut along {member.shards.axis}"
         for member in members
     ]
     for ranks in {r.members: r for m in members for r in (m.shards.shards, m.shards.replicas)}.values():
         check_same(lines, ranks, params[0].device)
     dtypes = [momentum_dtypes[member.index] for member in members]
-    return DistributedGroup(members, layout, dtypes, group["max_workspace_bytes"])
+    return DistributedGroup(members, layout, dtypes, group["max_workspace_bytes"], by_kernels)
 
 
 @functools.cache
 def warn_once(message: str) -> None:
     logger.warning(message)
-
-
-class _RoundStep:
-    """The stages of one round in one step."""
-
-    def __init__(
-        self,
-        rule: Rule,
-        group: Group,
-        layout: MatrixLayout,
-        exchange: Exchange,
-        stack: list[Matrices],
-        present: list[int],
-        roots: list[float],
-        scale: Callable[[int, int], float],
-        like: Tensor,
-    ) -> None:
-        self.rule, self.group, self.exchange, self.stack = rule, group, exchange, stack
-        self.scale = scale(*exchange.fans)
-        self.layout = MatrixLayout(layout.output_axis, layout.flatten)  # of a piece, which is one matrix
-        self.count = len(exchange.plan.jobs)
-        self.present = None if len(present) == self.count else torch.tensor(present, dtype=torch.int64)
-        self.roots = roots
-        self.device = like.device
-        self.dtype = state_dtype(like)
-
-    def begin(self) -> None:
-        """Momentum and lookahead on shards; they set out for their owners."""
-        shape = self.exchange.shard_shape(self.count, self.exchange.shards.place)
-        wire, _ = self.rule.wire_dtypes(self.group, self.dtype, self.device)
-        if self.stack:
-            weight = self.rule.gradient_weight(self.group)
-            self.momentum, lookahead = look_ahead(self.stack, self.layout, self.group, weight)
-            x, finite = self.rule.map_input(lookahead, self.group).to(wire), are_finite(lookahead)
-        else:
-            x = torch.empty(0, *shape[1:], dtype=wire, device=self.device)
-            finite = torch.empty(0, 1, 1, dtype=torch.bool, device=self.device)
-        self.finite = self.exchange.all_finite(self._of_all(finite, 1))
-        self.gathered = self.exchange.gather(self._of_all(x, 0))
-
-    def map(self) -> None:
-        """The map of the matrices that this rank owns; directions set out for the ranks with their shards."""
-        wire_in, self.wire = self.rule.wire_dtypes(self.group, self.dtype, self.device)
-        whole = self.exchange.assemble(self.gathered, wire_in).to(self.dtype)
-        self.is_finite = self.finite.wait() > 0
-        if not (self.device.type == "cpu" and bool(self.is_finite.all())):
-            whole = torch.where(self.is_finite[self.exchange.owned], whole, 0)
-        direction = self.rule.map_lookahead(whole, self.group) if whole.numel() else whole
-        self.scattered = self.exchange.scatter(direction.to(self.wire))
-        del self.gathered
-
-    def share(self) -> None:
-        """Directions set out for the other replicas."""
-        self.shared: Pending = self.exchange.share(self.scattered, self.wire)
-        del self.scattered
-
-    def finish(self) -> None:
-        """Second moment, decay and update on shards."""
-        direction = self.exchange.directions(self.shared)
-        if not self.stack:
-            if self.rule.has_second_moment:
-                self._over_shards(torch.empty(0, 1, 1, dtype=torch.float64, device=self.device))
-            return
-        finite: Tensor | None = self._of_present(self.is_finite)
-        if finite is not None and self.device.type == "cpu" and bool(finite.all()):
-            finite = None
-        fan_out, fan_in = self.exchange.fans
-        root: float | Tensor = self.roots[0]
-        if len(set(self.roots)) > 1:
-            root = torch.tensor(self.roots, dtype=self.dtype, device=self.device).view(-1, 1, 1)
-        apply_direction(
-            self.rule, self.stack, self.layout, self.group, self.momentum,
-            self._of_present(direction).to(self.dtype, copy=True), finite,
-            scale=self.scale, root=root, elements=fan_out * fan_in, over_shards=self._over_shards,
-        )  # fmt: skip
-
-    def _of_all(self, tensor: Tensor, missing: float) -> Tensor:
-        """(matrices, ...) with ``missing`` where a matrix has no gradient here."""
-        if self.present is None:
-            return tensor
-        every = torch.full((self.count, *tensor.shape[1:]), missing, dtype=tensor.dtype, device=self.device)
-        return every.index_copy_(0, self.present.to(self.device), tensor)
-
-    def _of_present(self, tensor: Tensor) -> Tensor:
-        return tensor if self.present is None else tensor.index_select(0, self.present.to(self.device))
-
-    def _over_shards(self, tensor: Tensor) -> Tensor:
-        return self._of_present(self.exchange.over_shards(self._of_all(tensor, 0)))

@@ -182,6 +182,7 @@ class MatrixOptimizer(Optimizer):
         if shared is not None:
             shared.step(
                 self,
+                self._kernel_rule(group),
                 group,
                 {i: lists.entry(k) for k, i in enumerate(stepping) if i in shared.members},
                 dict(zip(stepping, steps, strict=True)),
@@ -215,7 +216,8 @@ class MatrixOptimizer(Optimizer):
                 del plans[gone]
             has_shards = any(is_sharded(p) for other in self.param_groups for p in other["params"])
             dtypes = [_momentum_dtype(p, group) for p in params]
-            plan = plan_group(group, layout, dtypes, may_be_ddp=not has_shards)
+            by_kernels = not self._why_not_kernels(params[0].device, layout, group)
+            plan = plan_group(group, layout, dtypes, may_be_ddp=not has_shards, by_kernels=by_kernels)
             known = plans[id(group)] = (list(params), plan)
         return known[1]
 

@@ -109,7 +109,7 @@ def repair_kernel(
 @triton.jit
 def second_moment_kernel(
     second_moments, directions, norms, largest_bits, squares, scalars, columns, stride, n, beta2, eps,
-    PACKED: tl.constexpr, BLOCK: tl.constexpr,
+    PACKED: tl.constexpr, EACH: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """V <- beta2 V + (1 - beta2) O O; D = O / (sqrt(V) / sqrt(1 - beta2^t) + eps) over O; sums of D D, a block each."""
     b = tl.program_id(1)
@@ -122,7 +122,8 @@ def second_moment_kernel(
     orthogonal = tl.load(direction_at, mask=inside, other=0.0).to(tl.float32) * tl.load(norms + b)
     second = beta2 * tl.load(at, mask=inside, other=0.0) + (1 - beta2) * orthogonal * orthogonal
     tl.store(at, second, mask=inside)
-    deviation = tl.sqrt_rn(second) * tl.load(scalars + 1) + eps
+    correction = tl.load(scalars + 1 + b) if EACH else tl.load(scalars + 1)
+    deviation = tl.sqrt_rn(second) * correction + eps
     adapted = tl.where(deviation > 0, orthogonal / deviation, 0.0)
     tl.store(direction_at, adapted.to(tl.float16), mask=inside)
     tl.store(squares + b * tl.num_programs(0) + tl.program_id(0), tl.sum(tl.where(inside, adapted * adapted, 0.0), 0))

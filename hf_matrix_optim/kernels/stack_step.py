@@ -5,6 +5,7 @@ AdaMuon the second moment and the division in one more (12), decay and update in
 here waits for the device, and every sum is taken in a fixed order.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,53 +62,128 @@ def workspace_bytes(sides: Sides, rule: KernelRule) -> int:
     return 2 * elements + of_map + (4 * -(-elements // BLOCK) if rule.beta2 is not None else 0) + 64
 
 
-def step_stack(plan: StackPlan, rule: KernelRule, scalars: Tensor) -> None:
-    """One step of a stack, all in place.
+@dataclass
+class Lookahead:
+    """The lookahead of a stack: (b, rows, columns) float16 up to a power of two for each matrix.
+
+    ``largest_bits``, (b,) int32, are those of the largest magnitude of each matrix; 0x7F800000 or above if one is not
+    finite. Where a matrix lies on several ranks, it must be the largest of all before ``repair``.
+    """
+
+    x: Tensor
+    largest_bits: Tensor
+
+
+def look_ahead(plan: StackPlan, rule: KernelRule) -> Lookahead:
+    """Momentum and lookahead, by the scale of the last step; the plan is pointed to this step's gradients."""
+    from hf_matrix_optim.kernels import elementwise_triton as kernels
+
+    sides, count = plan.sides, len(plan.owners)
+    x = torch.empty(count, sides.rows, sides.columns, dtype=torch.float16, device=plan.device)
+    found = Lookahead(x, torch.zeros(count, dtype=torch.int32, device=plan.device))
+    if x.numel():
+        grid: Any = (-(-sides.rows * sides.columns // BLOCK), count)
+        kernels.momentum_kernel[grid](*_arguments(plan, rule, found), **_constants(plan, rule))
+    return found
+
+
+def repair(plan: StackPlan, rule: KernelRule, found: Lookahead, top: int) -> None:
+    """Redo the lookaheads that the last step's scale did not fit, and make 0 of those that are not finite."""
+    from hf_matrix_optim.kernels import elementwise_triton as kernels
+
+    if found.x.numel():
+        grid: Any = (REPAIR_PROGRAMS, len(plan.owners))
+        kernels.repair_kernel[grid](*_arguments(plan, rule, found), **_constants(plan, rule), TOP=top)
+
+
+def top_of(sides: Sides, rule: KernelRule) -> int:
+    """Exponent below which the map of whole matrices wants its input."""
+    return DECORRELATE_TOP if rule.passes else newton_schulz_top(sides.rows, sides.columns)
+
+
+def map_half(x: Tensor, sides: Sides, rule: KernelRule) -> tuple[Tensor, Tensor]:
+    """Direction of whole matrices, (b, rows, columns) float16, and its factors: (b,), or (b, k) for MUD."""
+    if rule.passes:
+        return decorrelate_half(x, sides, rule.passes)
+    return newton_schulz_half(x, sides, rule.coefficients)
+
+
+def apply_direction(
+    plan: StackPlan,
+    rule: KernelRule,
+    scalars: Tensor,
+    direction: Tensor,
+    factors: Tensor,
+    largest_bits: Tensor,
+    *,
+    top: int,
+    inverse_rms: Callable[[Tensor], Tensor] | None = None,
+) -> None:
+    """Second moment, decay and update of a stack, all in place; ``direction`` is overwritten.
 
     Args:
-        plan: the stack, pointed to this step's gradients.
+        plan: the stack.
         rule: the optimizer's.
-        scalars: (2,) float32 on the device: the learning rate, and the factor 1 / sqrt(1 - beta2^t) (1 without it).
+        scalars: (2,) or (1 + b,) float32 on the device: the learning rate, and the factor 1 / sqrt(1 - beta2^t) (1
+            without it), one for all matrices or one for each.
+        direction, factors: of ``map_half``.
+        largest_bits: of ``Lookahead``.
+        top: of ``top_of``.
+        inverse_rms: from the sums of squares of each block, (b, blocks), to the factors (b,), where a matrix does not
+            lie here as a whole.
     """
     from hf_matrix_optim.kernels import elementwise_triton as kernels
 
-    sides, count, device = plan.sides, len(plan.owners), plan.device
+    sides, count = plan.sides, len(plan.owners)
     n = sides.rows * sides.columns
-    grads, params, momenta, second_moments, scales, skipped = plan.addresses()
-    top = DECORRELATE_TOP if rule.passes else newton_schulz_top(sides.rows, sides.columns)
+    _, params, _, second_moments, scales, skipped = plan.addresses()
     packed = plan.stride == sides.columns
     blocks = -(-n // BLOCK)
     grid: Any = (blocks, count)
+    if rule.beta2 is not None:
+        squares = torch.zeros(count, blocks, dtype=torch.float32, device=plan.device)
+        if direction.numel():
+            kernels.second_moment_kernel[grid](
+                second_moments, direction, factors, largest_bits, squares, scalars, sides.columns, plan.stride, n,
+                rule.beta2, rule.eps, PACKED=packed, EACH=scalars.numel() > 2, BLOCK=BLOCK,
+            )  # fmt: skip
+        if inverse_rms is not None:
+            factors = inverse_rms(squares)
+        else:
+            kernels.inverse_rms_kernel[(count,)](squares, factors, blocks, n, rule.rms_eps, BLOCK=1024)
+    if direction.numel():
+        kernels.update_kernel[grid](
+            params, direction, factors, largest_bits, scales, skipped, scalars, sides.columns, plan.stride, n,
+            sides.k, plan.scale, rule.weight_decay, PER_VECTOR=factors.ndim == 2, ALONG_COLUMNS=sides.along_columns,
+            PACKED=packed, TOP=top, PARAM=kernels.TYPES[plan.dtype], BLOCK=BLOCK,
+        )  # fmt: skip
 
-    x = torch.empty(count, sides.rows, sides.columns, dtype=torch.float16, device=device)
-    largest_bits = torch.zeros(count, dtype=torch.int32, device=device)
-    arguments = (grads, momenta, x, largest_bits, scales, sides.columns, plan.stride, n, rule.beta, rule.weight)
-    constants = {
+
+def step_stack(plan: StackPlan, rule: KernelRule, scalars: Tensor) -> None:
+    """One step of a stack, all in place; arguments as in ``apply_direction``."""
+    top = top_of(plan.sides, rule)
+    found = look_ahead(plan, rule)
+    repair(plan, rule, found, top)
+    direction, factors = map_half(found.x, plan.sides, rule)
+    apply_direction(plan, rule, scalars, direction, factors, found.largest_bits, top=top)
+
+
+def _arguments(plan: StackPlan, rule: KernelRule, found: Lookahead) -> tuple[Any, ...]:
+    grads, _, momenta, _, scales, _ = plan.addresses()
+    sides = plan.sides
+    n = sides.rows * sides.columns
+    shape = (sides.columns, plan.stride, n)
+    return grads, momenta, found.x, found.largest_bits, scales, *shape, rule.beta, rule.weight
+
+
+def _constants(plan: StackPlan, rule: KernelRule) -> dict[str, Any]:
+    from hf_matrix_optim.kernels import elementwise_triton as kernels
+
+    return {
         "NESTEROV": rule.nesterov,
         "SIGN": rule.takes_sign,
-        "PACKED": packed,
+        "PACKED": plan.stride == plan.sides.columns,
         "GRAD": kernels.TYPES[plan.dtype],
         "MOMENTUM": kernels.TYPES[plan.momentum_dtype],
         "BLOCK": BLOCK,
     }
-    kernels.momentum_kernel[grid](*arguments, **constants)
-    kernels.repair_kernel[REPAIR_PROGRAMS, count](*arguments, **constants, TOP=top)
-
-    if rule.passes:
-        direction, factors = decorrelate_half(x, sides, rule.passes)
-    else:
-        direction, factors = newton_schulz_half(x, sides, rule.coefficients)
-
-    if rule.beta2 is not None:
-        squares = torch.zeros(count, blocks, dtype=torch.float32, device=device)
-        kernels.second_moment_kernel[grid](
-            second_moments, direction, factors, largest_bits, squares, scalars, sides.columns, plan.stride, n,
-            rule.beta2, rule.eps, PACKED=packed, BLOCK=BLOCK,
-        )  # fmt: skip
-        kernels.inverse_rms_kernel[(count,)](squares, factors, blocks, n, rule.rms_eps, BLOCK=1024)
-
-    kernels.update_kernel[grid](
-        params, direction, factors, largest_bits, scales, skipped, scalars, sides.columns, plan.stride, n, sides.k,
-        plan.scale, rule.weight_decay, PER_VECTOR=rule.passes > 0, ALONG_COLUMNS=sides.along_columns, PACKED=packed,
-        TOP=top, PARAM=kernels.TYPES[plan.dtype], BLOCK=BLOCK,
-    )  # fmt: skip

@@ -33,13 +33,20 @@ class Pending:
 class Exchange:
     """The collectives of one round, for one rank.
 
-    A stack is (matrices, a, b). ``rows`` below is what a rank holds of one matrix along the axis that is cut.
+    A stack is (matrices, a, b), with (a, b) this rank's part of (fan_out, fan_in).
+
+    Args:
+        plan: the round.
+        shards, replicas: this rank's, of all its matrices.
+        is_transposed: (a, b) is of (fan_in, fan_out) instead.
     """
 
-    def __init__(self, plan: Round, shards: Ranks, replicas: Ranks) -> None:
+    def __init__(self, plan: Round, shards: Ranks, replicas: Ranks, is_transposed: bool = False) -> None:
         self.plan, self.shards, self.replicas = plan, shards, replicas
         job = plan.jobs[0]
         self.fans, self.axis, self.extents = job.fans, job.axis, job.extents
+        if is_transposed:
+            self.fans, self.axis = (job.fans[1], job.fans[0]), None if job.axis is None else 1 - job.axis
         own = plan.counts[replicas.place]
         before = sum(map(sum, plan.counts[: replicas.place]))
         self.of_replica = slice(before, before + sum(own))  # of the stack: what this replica's ranks map
@@ -108,18 +115,25 @@ class Exchange:
             return arrived
         return torch.cat([of[: sum(counts)] for of, counts in zip(arrived, self.plan.counts, strict=True)])
 
-    def all_finite(self, finite: Tensor) -> Pending:
-        """(matrices, 1, 1) int32: 1 where every rank with a shard has found a matrix finite."""
-        flags = finite.to(torch.int32)
-        if self.shards.size == 1:
-            return Pending(flags)
-        return Pending(flags, dist.all_reduce(flags, dist.ReduceOp.MIN, self.shards.group, async_op=True))
+    def smallest(self, tensor: Tensor) -> Pending:
+        """Elementwise smallest over the ranks that hold the shards."""
+        return self._reduced(tensor, "MIN")
+
+    def largest(self, tensor: Tensor) -> Pending:
+        """Elementwise largest over the ranks that hold the shards."""
+        return self._reduced(tensor, "MAX")
 
     def over_shards(self, tensor: Tensor) -> Tensor:
         """Sum of a small tensor over the ranks that hold the shards."""
         if self.shards.size > 1:
             dist.all_reduce(tensor, dist.ReduceOp.SUM, self.shards.group)
         return tensor
+
+    def _reduced(self, tensor: Tensor, operation: str) -> Pending:
+        if self.shards.size == 1:
+            return Pending(tensor)
+        work = dist.all_reduce(tensor, getattr(dist.ReduceOp, operation), self.shards.group, async_op=True)
+        return Pending(tensor, work)
 
     def _all_to_all(self, sent: Tensor, outgoing: list[int], incoming: list[int]) -> Pending:
         payload = sent.contiguous().view(-1).view(torch.uint8)

@@ -171,6 +171,8 @@ def _rows_of_part(layout: MatrixLayout, part: int, shards: ShardLayout) -> list[
 
 def views_of(local: Tensor, layout: MatrixLayout, shards: ShardLayout) -> list[Tensor]:
     """Views of this rank's elements of each matrix, in the order of ``pieces_of``."""
+    if layout.split_sizes is None and (layout.flatten or local.ndim == 2):
+        return [local]
     axis = layout.fan_out_axis(len(shards.shape))
     if shards.axis != axis:
         shards = ShardLayout(shards.shape, axis, ALONE, ALONE)  # along fan_out nothing is cut
