@@ -10,7 +10,7 @@ from torch.optim.optimizer import ParamsT
 
 from hf_matrix_optim.kernels.stack_step import KernelRule
 from hf_matrix_optim.matrix_optimizer import MatrixOptimizer
-from hf_matrix_optim.newton_schulz import coefficients_for, newton_schulz
+from hf_matrix_optim.newton_schulz import coefficients_for, newton_schulz, newton_schulz_operations
 
 VARIANTS = ("v1", "v2")
 
@@ -168,6 +168,9 @@ class AdaMuon(MatrixOptimizer):
         self, group: dict[str, Any], dtype: torch.dtype, device: torch.device
     ) -> tuple[torch.dtype, torch.dtype]:
         return dtype if group["variant"] == "v1" else torch.int8, self._map_dtype(dtype, device, group)
+
+    def _operations(self, fan_out: int, fan_in: int, group: dict[str, Any]) -> float:
+        return newton_schulz_operations(fan_out, fan_in, group["ns_steps"])
 
     def map_lookahead(self, x: Tensor, group: dict[str, Any]) -> Tensor:
         return newton_schulz(

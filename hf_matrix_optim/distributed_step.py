@@ -205,13 +205,27 @@ class DistributedGroup:
 
 
 def plan_group(
-    group: Group, layout: MatrixLayout, momentum_dtypes: list[torch.dtype], *, may_be_ddp: bool, by_kernels: bool
+    group: Group,
+    layout: MatrixLayout,
+    momentum_dtypes: list[torch.dtype],
+    *,
+    may_be_ddp: bool,
+    by_kernels: bool,
+    operations: Callable[[int, int], float],
 ) -> DistributedGroup | None:
     """Find the parameters of a group that ranks can step together, and plan it; compared over the ranks once.
 
     DTensors say where their shards are. Plain parameters are stepped together if a DistributedDataParallel module
     holds them and their gradients have the same bits on all its ranks. Left to the caller are DTensors in other
-    layouts, and stacks of whole matrices on each rank, as experts are.
+    layouts, stacks of whole matrices on each rank, as experts are, and what on GPUs is mapped sooner than shared.
+
+    Args:
+        group: the param group.
+        layout: how its parameters are read.
+        momentum_dtypes: of each parameter's momentum.
+        may_be_ddp: whether plain parameters may be DistributedDataParallel's.
+        by_kernels: whether the GPU kernels may be used.
+        operations: of the map, by (fan_out, fan_in).
 
     Raises:
         RuntimeError: on every rank, if they would not do the same.

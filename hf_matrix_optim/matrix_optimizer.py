@@ -217,7 +217,14 @@ class MatrixOptimizer(Optimizer):
             has_shards = any(is_sharded(p) for other in self.param_groups for p in other["params"])
             dtypes = [_momentum_dtype(p, group) for p in params]
             by_kernels = not self._why_not_kernels(params[0].device, layout, group)
-            plan = plan_group(group, layout, dtypes, may_be_ddp=not has_shards, by_kernels=by_kernels)
+            plan = plan_group(
+                group,
+                layout,
+                dtypes,
+                may_be_ddp=not has_shards,
+                by_kernels=by_kernels,
+                operations=lambda fan_out, fan_in: self._operations(fan_out, fan_in, group),
+            )
             known = plans[id(group)] = (list(params), plan)
         return known[1]
 
@@ -318,6 +325,10 @@ class MatrixOptimizer(Optimizer):
 
     def rms_divisor(self, rms: Tensor, group: dict[str, Any]) -> Tensor:
         """For a rule with a second moment: what a direction of this root mean square is divided by."""
+        raise NotImplementedError
+
+    def _operations(self, fan_out: int, fan_in: int, group: dict[str, Any]) -> float:
+        """About how many floating-point operations the map of a matrix takes on a GPU."""
         raise NotImplementedError
 
     def _root(self, group: dict[str, Any], step: float) -> float:

@@ -119,5 +119,10 @@ class MUD(MatrixOptimizer):
     ) -> tuple[torch.dtype, torch.dtype]:
         return dtype, dtype  # the solve is in float32, whatever the products are in
 
+    def _operations(self, fan_out: int, fan_in: int, group: dict[str, Any]) -> float:
+        k, d = sorted((fan_out, fan_in))
+        passes: int = group["passes"]
+        return passes * (2.0 * k * k * d + k**3)  # half of a Gram matrix, half of a triangle times the matrix
+
     def map_lookahead(self, x: Tensor, group: dict[str, Any]) -> Tensor:
         return decorrelate(x, passes=group["passes"], map_dtype=self._map_dtype(x.dtype, x.device, group))

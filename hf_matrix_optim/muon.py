@@ -8,7 +8,7 @@ from torch.optim.optimizer import ParamsT
 
 from hf_matrix_optim.kernels.stack_step import KernelRule
 from hf_matrix_optim.matrix_optimizer import MatrixOptimizer
-from hf_matrix_optim.newton_schulz import coefficients_for, newton_schulz
+from hf_matrix_optim.newton_schulz import coefficients_for, newton_schulz, newton_schulz_operations
 
 
 class Muon(MatrixOptimizer):
@@ -111,6 +111,9 @@ class Muon(MatrixOptimizer):
             super()._kernel_rule(group),
             coefficients=coefficients_for(group["ns_coefficients"], group["ns_steps"]),
         )
+
+    def _operations(self, fan_out: int, fan_in: int, group: dict[str, Any]) -> float:
+        return newton_schulz_operations(fan_out, fan_in, group["ns_steps"])
 
     def map_lookahead(self, x: Tensor, group: dict[str, Any]) -> Tensor:
         return newton_schulz(

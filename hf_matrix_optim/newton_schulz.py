@@ -109,3 +109,9 @@ def newton_schulz(
         stack = torch.baddbmm(stack, polynomial, stack, beta=a)
     result = stack.reshape(wide.shape).to(x.dtype)
     return result.mT if is_tall else result
+
+
+def newton_schulz_operations(fan_out: int, fan_in: int, ns_steps: int) -> float:
+    """About how many floating-point operations an iteration takes whose symmetric products are halved."""
+    k, d = sorted((fan_out, fan_in))
+    return ns_steps * (3.0 * k * k * d + 1.0 * k**3)

@@ -2,6 +2,7 @@
 
 import gc
 import hashlib
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -31,6 +32,12 @@ def ranks_of_ddp(params: Sequence[Tensor]) -> list[Ranks | None]:
                 ignored = set(getattr(module, "parameters_to_ignore", ()))
                 found |= {id(p): ranks for name, p in module.module.named_parameters() if name not in ignored}
     return [found.get(id(p)) for p in params]
+
+
+def is_in_one_host(ranks: Ranks) -> bool:
+    """Whether all ranks are on this host, by what torchrun and accelerate tell each of them; True if they do not."""
+    on_host = int(os.environ.get("LOCAL_WORLD_SIZE", ranks.size))
+    return len({member // on_host for member in ranks.members}) == 1
 
 
 def check_same(lines: Sequence[str], ranks: Ranks, device: torch.device) -> None:

@@ -7,6 +7,24 @@ from dataclasses import dataclass
 #: Most elements of a round on one owner; two rounds are under way at a time.
 ROUND_ELEMENTS = 2**26
 
+#: What a GPU maps a second (operations, float16), and what it can share with others on its host and on other hosts a
+#: second (bytes): an H100's products in the kernels, half of NVLink's 450 GB/s, an InfiniBand port's 50.
+GPU_OPERATIONS, HOST_BYTES, NETWORK_BYTES = 4e14, 2.25e11, 5e10
+
+
+def sharing_pays(operations: float, elements: int, *, in_one_host: bool) -> bool:
+    """Whether R GPUs with copies of a matrix should map it once and share the direction, instead of R times.
+
+    That saves (R - 1) / R of the operations and sends (R - 1) / R of 2 bytes an element, so R does not matter.
+
+    Args:
+        operations: of the map, floating-point.
+        elements: of the matrix.
+        in_one_host: whether all R are.
+    """
+    link = HOST_BYTES if in_one_host else NETWORK_BYTES
+    return operations / GPU_OPERATIONS > 2 * elements / link
+
 
 @dataclass(frozen=True)
 class MatrixJob:
