@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from hf_matrix_optim.adamuon import AdaMuon
+    from hf_matrix_optim.deepspeed_configuration import deepspeed_config
     from hf_matrix_optim.mud import MUD
     from hf_matrix_optim.muon import Muon
     from hf_matrix_optim.partition import PartitionOptions, explain, param_groups_for
@@ -27,6 +28,7 @@ _HOMES = {
     "MatrixTrainer": "trainer",
     "PartitionOptions": "partition",
     "create_optimizer": "registry",
+    "deepspeed_config": "deepspeed_configuration",
     "explain": "partition",
     "param_groups_for": "partition",
 }
@@ -38,6 +40,7 @@ __all__ = [
     "Muon",
     "PartitionOptions",
     "create_optimizer",
+    "deepspeed_config",
     "explain",
     "param_groups_for",
 ]

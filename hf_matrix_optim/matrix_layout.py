@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hf_matrix_optim.flattening import DEEPSPEED_REMEDY, uses_deepspeed
+
 
 @dataclass(frozen=True)
 class MatrixLayout:
@@ -46,7 +48,12 @@ class MatrixLayout:
             raise ValueError(
                 f"parameter {name} of shape {shape} is not a matrix and cannot be in a matrix group: give its group "
                 "role='adamw', or build the groups with param_groups_for(model). A flat parameter here usually means "
-                "FSDP1 or DeepSpeed ZeRO, which hand over flat shards: use FSDP2 (fsdp_version 2) or DDP"
+                f"FSDP1 or DeepSpeed ZeRO, which hand over flat shards: {DEEPSPEED_REMEDY}"
+            )
+        if uses_deepspeed():  # whole for now; with ZeRO-Offload accelerate would even put Adam in our place
+            raise ValueError(
+                f"parameter {name} cannot be in a matrix group: accelerate runs this process under DeepSpeed, which "
+                f"will flatten it: {DEEPSPEED_REMEDY}"
             )
         if math.prod(shape) == 0:
             raise ValueError(f"parameter {name} of shape {shape} has no elements: leave it out of the matrix group")
@@ -70,7 +77,16 @@ class MatrixLayout:
                 raise ValueError(f"split_sizes={self.split_sizes} of parameter {name}: interleaved slices are equal")
 
     def matrix_count(self, shape: tuple[int, ...]) -> int:
-        """Number of matrices that a parameter of ``shape`` is read as."""
+        """Number of matrices that a parameter of ``shape`` is read as.
+
+        Raises:
+            ValueError: if it has fewer than two axes.
+        """
+        if len(shape) < 2:  # checked once more: engines put flat pieces into the groups of a finished optimizer
+            raise ValueError(
+                f"a parameter of a matrix group has become flat, of shape {shape}, as DeepSpeed ZeRO and FSDP1 make "
+                f"it: {DEEPSPEED_REMEDY}"
+            )
         stacked = 1 if self.flatten else math.prod(shape[:-2])
         return stacked * len(self.split_sizes or (1,))
 

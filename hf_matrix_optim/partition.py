@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from hf_matrix_optim.flattening import refuse_flattened
 from hf_matrix_optim.matrix_layout import MatrixLayout
 from hf_matrix_optim.model_places import ParameterPlace, places_of
 from hf_matrix_optim.parameter_routing import (
@@ -50,6 +51,7 @@ def route_parameters(model: nn.Module, options: PartitionOptions = DEFAULT_OPTIO
         UnroutableParameterError: if a parameter looks like a layer's weight and the layer is not known.
         TypeError: if a trainable parameter is not float64, float32, bfloat16 or float16.
         ValueError: if ``include`` or ``exclude`` match no trainable parameter.
+        NotImplementedError: under DeepSpeed ZeRO and FSDP1.
     """
     return [route for route, _, _ in _routed(model, options)]
 
@@ -76,7 +78,7 @@ def param_groups_for(
         the fields of ``MatrixLayout``. No group is empty and every trainable parameter is in exactly one.
 
     Raises:
-        UnroutableParameterError, TypeError: as ``route_parameters``.
+        UnroutableParameterError, TypeError, NotImplementedError: as ``route_parameters``.
         ValueError: if no parameter is a matrix, or as ``route_parameters``.
     """
     decay_names = None if decay_parameter_names is None else set(decay_parameter_names)
@@ -124,7 +126,7 @@ def explain(model: nn.Module, options: PartitionOptions = DEFAULT_OPTIONS) -> st
         The table and, below it, the line of ``summary``. Layers are folded: ``layers.*.mlp.up_proj.weight``.
 
     Raises:
-        UnroutableParameterError, TypeError, ValueError: as ``route_parameters``.
+        UnroutableParameterError, TypeError, ValueError, NotImplementedError: as ``route_parameters``.
     """
     routes = route_parameters(model, options)
     total = sum(route.numel for route in routes) or 1
@@ -170,6 +172,7 @@ def summary(routes: Iterable[ParameterRoute]) -> str:
 
 def _routed(model: nn.Module, options: PartitionOptions) -> list[tuple[ParameterRoute, nn.Parameter, bool]]:
     """Route, parameter and whether Trainer would decay it, in the order of ``model.named_parameters()``."""
+    refuse_flattened("a matrix optimizer", model)
     places: dict[int, list[ParameterPlace]] = {}
     for place in places_of(model):
         places.setdefault(id(place.parameter), []).append(place)

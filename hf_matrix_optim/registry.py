@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from hf_matrix_optim.adamuon import AdaMuon
+from hf_matrix_optim.flattening import refuse_flattened
 from hf_matrix_optim.matrix_optimizer import MatrixOptimizer
 from hf_matrix_optim.mud import MUD
 from hf_matrix_optim.muon import Muon
@@ -57,6 +58,7 @@ def create_optimizer(
 
     Raises:
         ValueError: for an unknown name, a value out of range, or a model with nothing to orthogonalise.
+        NotImplementedError: under DeepSpeed ZeRO and FSDP1.
     """
     optimizer_class, kwargs = optimizer_class_and_kwargs(
         name, model, lr=lr, weight_decay=weight_decay, betas=betas, eps=eps, options=options
@@ -86,6 +88,7 @@ def optimizer_class_and_kwargs(
 
     Raises:
         ValueError: for an unknown name, the options of another optimizer, or a model with nothing to orthogonalise.
+        NotImplementedError: as ``param_groups_for``.
     """
     options_class = OPTIONS_CLASSES[checked_name(name)]
     options = options_class() if options is None else options
@@ -136,14 +139,14 @@ def optimizer_class_and_kwargs_from_arguments(
 
     Raises:
         ValueError: if there is no model, or ``include`` comes from both sides.
-        NotImplementedError: under DeepSpeed and FSDP1.
+        NotImplementedError: under DeepSpeed ZeRO and FSDP1.
     """
     if model is None:
         raise ValueError(
             f"optim={name!r} needs the model, because its layers decide which parameters are matrices: call "
             "get_optimizer_cls_and_kwargs(args, model)"
         )
-    refuse_flattened_parameters(name, args, model)
+    refuse_flattened(f"optim={name!r}", model, args)
     return optimizer_class_and_kwargs(
         name,
         model,
@@ -168,24 +171,6 @@ def options_with_target_modules(options: MatrixOptimizerOptions, args: Any) -> M
         raise ValueError("give either optim_target_modules or include in optim_args, not both: they are the same")
     target_modules = args.optim_target_modules
     return replace(options, include=target_modules if isinstance(target_modules, str) else tuple(target_modules))
-
-
-def refuse_flattened_parameters(name: str, args: Any, model: nn.Module) -> None:
-    """Raise where a framework would hand over flat pieces of parameters, of which no matrix can be made.
-
-    Raises:
-        NotImplementedError: under DeepSpeed ZeRO and FSDP1, with the remedy.
-    """
-    if getattr(args, "deepspeed_plugin", None) is not None or getattr(args, "deepspeed", None):
-        found, own = "DeepSpeed ZeRO", ", or DeepSpeed's own Muon (an optimizer block in its configuration)"
-    elif any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules()):
-        found, own = "FSDP1", ""
-    else:
-        return
-    raise NotImplementedError(
-        f"optim={name!r} does not run under {found}, which flattens parameters and cuts through matrices: use FSDP2 "
-        f"(fsdp_version 2) or plain DDP{own}"
-    )
 
 
 class RoutedGroups(list[dict[str, Any]]):

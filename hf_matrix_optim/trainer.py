@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from transformers import Trainer, TrainerCallback
 
+from hf_matrix_optim.flattening import refuse_flattened
 from hf_matrix_optim.matrix_optimizer import MatrixOptimizer
 from hf_matrix_optim.options import (
     OPTIONS_CLASSES,
@@ -25,7 +26,6 @@ from hf_matrix_optim.registry import (
     optimizer_class_and_kwargs_from_arguments,
     options_with_target_modules,
     partition_options_of,
-    refuse_flattened_parameters,
 )
 from hf_matrix_optim.tripwire import innermost_optimizer
 
@@ -81,7 +81,8 @@ class MatrixTrainerMixin(_TrainerBelow):
             TypeError: if ``optimizer_options`` is not one of these classes.
             ValueError: if ``args.optim`` or ``args.optim_args`` contradict ``optimizer_options``, or for an unknown
                 ``clip``.
-            NotImplementedError: for ``clip="adamw_only"`` with transformers 5.2, which has no method to override.
+            NotImplementedError: for ``clip="adamw_only"`` with transformers 5.2, which has no method to override, and
+                for ``optimizer_options`` under DeepSpeed ZeRO.
         """
         if clip not in get_args(ClipPolicy):
             raise ValueError(f"clip={clip!r} must be one of {', '.join(map(repr, get_args(ClipPolicy)))}")
@@ -94,6 +95,8 @@ class MatrixTrainerMixin(_TrainerBelow):
         self._clip_policy = clip
         self._optimizer_options = optimizer_options
         if optimizer_options is not None:
+            # Before training: with an optimizer block in its configuration, DeepSpeed would not ask for ours.
+            refuse_flattened(f"optim={_name_of(optimizer_options)!r}", self.model, self.args)
             default = next(field.default for field in fields(self.args) if field.name == "optim")
             value = _value_of(_name_of(optimizer_options))
             self._check_options_agree(optimizer_options, {default, value})
@@ -117,7 +120,7 @@ class MatrixTrainerMixin(_TrainerBelow):
         if chosen is not None:
             name, options = chosen
             optimized_model = self.model if model is None else model
-            refuse_flattened_parameters(name, self.args, optimized_model)
+            refuse_flattened(f"optim={name!r}", optimized_model, self.args)
             self._check_no_other_optimizer(name)
             if self.optimizer is None:
                 self.optimizer = self._new_optimizer(name, options, optimized_model)

@@ -4,6 +4,7 @@ from typing import Any
 
 from transformers.trainer_callback import TrainerCallback
 
+from hf_matrix_optim.flattening import DEEPSPEED_REMEDY, uses_deepspeed
 from hf_matrix_optim.matrix_optimizer import MatrixOptimizer
 from hf_matrix_optim.registration import accepted_names
 
@@ -30,10 +31,10 @@ class OptimizerTripwire(TrainerCallback):
         found_class = f"{type(found).__module__}.{type(found).__qualname__}"
         if isinstance(found, MatrixOptimizer):
             found_class += f" ({', '.join(sorted(algorithms)) or 'AdamW groups alone'})"
-        if getattr(args, "deepspeed_plugin", None) is not None or getattr(args, "deepspeed", None):
+        if uses_deepspeed(args):
             remedy = (
                 "The DeepSpeed configuration has an optimizer of its own, and this package does not run under "
-                "DeepSpeed: use FSDP2 (fsdp_version 2) or DDP, or leave --optim at its default."
+                f"DeepSpeed: {DEEPSPEED_REMEDY}, for which --optim stays at its default."
             )
         else:
             remedy = (
