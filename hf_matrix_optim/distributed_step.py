@@ -155,6 +155,12 @@ class DistributedGroup:
             scalars[:1].fill_(lr)
         return scalars
 
+    def without_kernels(self) -> int | None:
+        """Index of a parameter that is stepped by the plain functions; None if there is none."""
+        every = [job for _, _, rounds in self.schedules for plan in rounds for job in plan.jobs]
+        plain = (job.parameter for job in every if not (self.by_kernels and can_take(job, self.layout)))
+        return next(plain, None)
+
     def describe(self, names: list[str]) -> list[tuple[str, ...]]:
         """A row for each matrix: name, shape, axis that is cut, owning rank, bytes of its elements, share of the work.
 

@@ -225,8 +225,22 @@ class MatrixOptimizer(Optimizer):
                 by_kernels=by_kernels,
                 operations=lambda fan_out, fan_in: self._operations(fan_out, fan_in, group),
             )
+            if plan is not None:
+                self._check_shared(plan, layout, group)
             known = plans[id(group)] = (list(params), plan)
         return known[1]
+
+    def _check_shared(self, plan: DistributedGroup, layout: MatrixLayout, group: dict[str, Any]) -> None:
+        """Refuse what was asked for and cannot be had where ranks share the matrices of a group."""
+        if group["cuda_graph"]:
+            raise RuntimeError(
+                "cuda_graph=True was asked for, but ranks share the matrices, and messages between them are not in a "
+                "graph: set cuda_graph=False, or under DDP distribute='off'"
+            )
+        if group["kernels"] == "triton" and (left := plan.without_kernels()) is not None:
+            reason = self._why_not_kernels(group["params"][left].device, layout, group)
+            reason = reason or f"parameter {_name(group, left)} or its shards are too small or not laid out for them"
+            raise RuntimeError(f"kernels='triton' was asked for, but {reason}; or use kernels='auto'")
 
     def _step_lists(self, lists: MatrixLists, layout: MatrixLayout, group: dict[str, Any], step: float) -> None:
         """Step parameters of one group and device: what the GPU kernels can take by them, the others plainly."""

@@ -284,6 +284,16 @@ def ranks_that_disagree_get_an_error(folder: Path) -> None:
         Muon([p]).step()
 
 
+def requests_that_cannot_be_met_are_refused(folder: Path) -> None:
+    mesh = mesh_of((dist.get_world_size(),))
+    for options, message in (({"cuda_graph": True}, "cuda_graph=True"), ({"kernels": "triton"}, "kernels='triton'")):
+        p = nn.Parameter(distribute_tensor(torch.ones(8, 6), mesh, [Shard(0)]))
+        p.grad = torch.ones_like(p)
+        with pytest.raises(RuntimeError, match=message):
+            Muon([p], **options).step()
+        assert torch.equal(whole(p.detach()), torch.ones(8, 6))
+
+
 def each_matrix_is_mapped_once(folder: Path, is_ddp: bool) -> None:
     """The ranks together map every matrix once, and the work is shared out evenly."""
     mapped: list[Any] = []
@@ -411,6 +421,7 @@ def cases(ranks: int) -> dict[str, Callable[[Path], None]]:
         "other_layouts": other_layouts_are_gathered,
         "gradient_placements": gradients_in_other_placements,
         "replicated_beside_shards": replicated_beside_shards,
+        "refused": requests_that_cannot_be_met_are_refused,
         "disagreement": ranks_that_disagree_get_an_error,
         "mapped_once_fsdp": partial(each_matrix_is_mapped_once, is_ddp=False),
         "mapped_once_ddp": partial(each_matrix_is_mapped_once, is_ddp=True),
