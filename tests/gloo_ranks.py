@@ -1,4 +1,4 @@
-"""Runs test cases on several gloo processes: one process group for many cases, and a hang is a failure.
+"""Runs test cases on several gloo (or NCCL) processes: one process group for many cases, and a hang is a failure.
 
 ``run_cases("rank_cases", 2, folder)`` starts ``python gloo_ranks.py rank_cases ...`` twice. Each process calls the
 functions of the module's ``CASES`` in turn, with the folder, and writes down how each went.
@@ -21,7 +21,7 @@ TIMEOUT_SECONDS = 60
 MOST_FAILURES = 4
 
 
-def run_cases(module: str, world_size: int, folder: Path, names: list[str]) -> dict[str, str]:
+def run_cases(module: str, world_size: int, folder: Path, names: list[str], backend: str = "gloo") -> dict[str, str]:
     """Run cases on ``world_size`` processes.
 
     Args:
@@ -29,6 +29,7 @@ def run_cases(module: str, world_size: int, folder: Path, names: list[str]) -> d
         world_size: number of processes.
         folder: where the cases may leave files.
         names: keys of ``CASES``.
+        backend: "gloo", or "nccl" with a GPU for each process.
 
     Returns:
         For each case an empty text, or what went wrong on which rank. After a failure the processes are started anew
@@ -38,14 +39,15 @@ def run_cases(module: str, world_size: int, folder: Path, names: list[str]) -> d
     for _ in range(MOST_FAILURES):
         left = [name for name in names if name not in outcomes]
         if left:
-            outcomes.update(_run_until_failure(module, world_size, folder, left))
+            outcomes.update(_run_until_failure(module, world_size, folder, left, backend))
     return dict.fromkeys(names, "not run: other cases failed before") | outcomes
 
 
-def _run_until_failure(module: str, world_size: int, folder: Path, names: list[str]) -> dict[str, str]:
+def _run_until_failure(module: str, world_size: int, folder: Path, names: list[str], backend: str) -> dict[str, str]:
     with tempfile.TemporaryDirectory() as meeting_folder:
         meeting = Path(meeting_folder)
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": str(world_size)}
+        environment |= {"RANKS_BACKEND": backend, "NCCL_NVLS_ENABLE": "0"}
         environment |= {"MASTER_ADDR": "127.0.0.1"}  # accelerate asks for it; the processes meet in a file
         processes = []
         for rank in range(world_size):
@@ -99,8 +101,13 @@ def _report(meeting: Path, rank: int) -> dict[str, str]:
 def _main(module: str, meeting: str, folder: str, *names: str) -> None:
     import torch.distributed as dist
 
+    backend = os.environ["RANKS_BACKEND"]
+    if backend == "nccl":
+        import torch
+
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group(
-        "gloo",
+        backend,
         init_method=f"file://{meeting}/store",
         rank=int(os.environ["RANK"]),
         world_size=int(os.environ["WORLD_SIZE"]),
