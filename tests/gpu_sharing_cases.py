@@ -1,4 +1,4 @@
-"""Cases for a process a GPU: matrices that ranks share out, by the kernels, against one process; see test_gpu_sharding.
+"""Cases for a process a GPU: matrices that ranks share out by the kernels, against one process.
 
 Gradients are given. Products in float16 depend on the stack that a matrix is in, so equality is to their precision.
 """
