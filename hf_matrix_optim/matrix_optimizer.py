@@ -100,12 +100,19 @@ class MatrixOptimizer(Optimizer):
     def _check_group(self, group: dict[str, Any]) -> None:
         if group["role"] not in ROLES:
             raise ValueError(f"role={group['role']!r} of a param group is not one of {', '.join(ROLES)}")
-        _check(group, "lr", lambda value: value >= 0, "at least 0")
-        _check(group, "weight_decay", lambda value: value >= 0, "at least 0")
+        _check(group, "lr", lambda value: 0 <= value < float("inf"), "at least 0 and finite")
+        _check(group, "weight_decay", lambda value: 0 <= value < float("inf"), "at least 0 and finite")
         _check(group, "momentum", lambda value: 0 <= value < 1, "at least 0 and below 1")
         _check(group, "update_rms", lambda value: value > 0, "above 0")
         _check(group, "adamw_eps", lambda value: value >= 0, "at least 0")
-        _check(group, "betas", lambda value: all(0 <= beta < 1 for beta in value), "each at least 0 and below 1")
+        _check(
+            group,
+            "betas",
+            lambda value: len(value) == 2 and all(0 <= beta < 1 for beta in value),
+            "two numbers, each at least 0 and below 1",
+        )
+        _check(group, "fused", lambda value: value is None or isinstance(value, bool), "True, False or None")
+        _check(group, "cuda_graph", lambda value: isinstance(value, bool), "True or False")
         _check(group, "map_dtype", lambda value: value in ("auto", *MAP_DTYPES), f"auto, {', '.join(MAP_DTYPES)}")
         _check(group, "kernels", lambda value: value in KERNELS, " or ".join(KERNELS))
         _check(group, "momentum_dtype", lambda value: value in MOMENTUM_DTYPES, " or ".join(MOMENTUM_DTYPES))
@@ -248,7 +255,9 @@ class MatrixOptimizer(Optimizer):
         if reason and group["kernels"] == "triton":
             raise RuntimeError(f"kernels='triton' was asked for, but {reason}; or use kernels='auto'")
         if reason and group["cuda_graph"] and not layout.flatten:
-            raise RuntimeError(f"cuda_graph=True was asked for, which is for the kernels, but {reason}")
+            raise RuntimeError(
+                f"cuda_graph=True was asked for, which is for the kernels, but {reason}; or leave cuda_graph out"
+            )
         rest: Iterable[int] = range(len(lists.params))
         if not reason:
             fast_path: FastPath = self.__dict__.setdefault("_fast_path", FastPath())

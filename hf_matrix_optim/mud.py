@@ -101,8 +101,8 @@ class MUD(MatrixOptimizer):
 
     def _check_group(self, group: dict[str, Any]) -> None:
         super()._check_group(group)
-        if group["passes"] < 1:
-            raise ValueError(f"passes={group['passes']!r} is not allowed: it must be at least 1")
+        if not isinstance(group["passes"], int) or group["passes"] < 1:
+            raise ValueError(f"passes={group['passes']!r} is not allowed: it must be an integer, at least 1")
 
     def _kernel_rule(self, group: dict[str, Any]) -> KernelRule:
         return replace(

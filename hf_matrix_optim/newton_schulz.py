@@ -45,10 +45,13 @@ def coefficients_for(name: str, ns_steps: int) -> Coefficients:
     """The ``ns_steps`` triples (a, b, c) of a named table, in the order in which they are applied.
 
     Raises:
-        ValueError: for an unknown name, for ``ns_steps < 1``, and for ``you`` with other than its five steps.
+        ValueError: for an unknown name, for ``ns_steps`` that is no integer or below 1, and for ``you`` with other
+            than its five steps.
     """
     if name not in NS_COEFFICIENTS:
         raise ValueError(f"ns_coefficients={name!r} is not one of {', '.join(NS_COEFFICIENTS)}")
+    if not isinstance(ns_steps, int):
+        raise ValueError(f"ns_steps={ns_steps!r} must be an integer")
     if ns_steps < 1:
         raise ValueError(f"ns_steps={ns_steps} must be at least 1")
     if name == "you" and ns_steps != 5:

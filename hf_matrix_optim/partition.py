@@ -49,7 +49,7 @@ def route_parameters(model: nn.Module, options: PartitionOptions = DEFAULT_OPTIO
 
     Raises:
         UnroutableParameterError: if a parameter looks like a layer's weight and the layer is not known.
-        TypeError: if a trainable parameter is not float64, float32, bfloat16 or float16.
+        TypeError: if ``model`` is no module, or a trainable parameter not float64, float32, bfloat16 or float16.
         ValueError: if ``include`` or ``exclude`` match no trainable parameter.
         NotImplementedError: under DeepSpeed ZeRO and FSDP1.
     """
@@ -172,6 +172,8 @@ def summary(routes: Iterable[ParameterRoute]) -> str:
 
 def _routed(model: nn.Module, options: PartitionOptions) -> list[tuple[ParameterRoute, nn.Parameter, bool]]:
     """Route, parameter and whether Trainer would decay it, in the order of ``model.named_parameters()``."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"a {type(model).__name__} is no nn.Module: give the model itself, not its parameters")
     refuse_flattened("a matrix optimizer", model)
     places: dict[int, list[ParameterPlace]] = {}
     for place in places_of(model):

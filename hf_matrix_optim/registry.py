@@ -94,8 +94,8 @@ def optimizer_class_and_kwargs(
     options = options_class() if options is None else options
     if type(options) is not options_class:
         raise ValueError(f"options of {name!r} must be {options_class.__name__}, not {type(options).__name__}")
-    if options.matrix_lr is not None and not options.matrix_lr >= 0:
-        raise ValueError(f"matrix_lr={options.matrix_lr} is not allowed: it must be at least 0")
+    if options.matrix_lr is not None and not 0 <= options.matrix_lr < float("inf"):
+        raise ValueError(f"matrix_lr={options.matrix_lr} is not allowed: it must be at least 0 and finite")
 
     partition_options = partition_options_of(options)
     groups = param_groups_for(

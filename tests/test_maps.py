@@ -125,6 +125,8 @@ def test_coefficient_errors():
         coefficients_for("jordon", 5)
     with pytest.raises(ValueError, match="ns_steps=0 must be at least 1"):
         newton_schulz(torch.ones(2, 2), ns_steps=0)
+    with pytest.raises(ValueError, match="ns_steps=2.5 must be an integer"):
+        newton_schulz(torch.ones(2, 2), ns_steps=2.5)
     with pytest.raises(ValueError, match="exactly five steps, but ns_steps=6"):
         coefficients_for("you", 6)
     with pytest.raises(ValueError, match=r"shape \(3,\)"):

@@ -294,6 +294,12 @@ def test_a_trainable_parameter_of_another_type_is_named(dtype):
     assert routes_by_name(model)["odd.weight"].role == "frozen"
 
 
+def test_parameters_in_place_of_the_model_are_refused():
+    for parameters in (nn.Linear(4, 4).parameters(), [nn.Parameter(torch.zeros(4, 4))]):
+        with pytest.raises(TypeError, match=r"a (generator|list) is no nn\.Module: give the model itself"):
+            param_groups_for(parameters)
+
+
 def test_a_lazy_module_is_refused():
     with pytest.raises(UnroutableParameterError, match=r"0\.weight has no shape yet"):
         route_parameters(nn.Sequential(nn.LazyLinear(3)))
