@@ -168,9 +168,16 @@ def checked_name(name: str) -> str:
 
 def _unknown_key_message(name: str, key: str, known: list[str]) -> str:
     message = f"optim_args of optim={name!r} has no key {key!r}"
-    near = difflib.get_close_matches(key.lower(), known, n=1)
+    others: dict[str, list[str]] = {}
+    for other, options_class in OPTIONS_CLASSES.items():
+        for field in fields(options_class):
+            if field.name not in known:
+                others.setdefault(field.name, []).append(other)
+    near = difflib.get_close_matches(key.lower(), [*known, *others], n=1)
     if key.lower() in TRAINING_ARGUMENTS:
         message += f": it is set by {TRAINING_ARGUMENTS[key.lower()]}"
+    elif near and near[0] in others:
+        message += f": {near[0]!r} is an option of {', '.join(others[near[0]])}"
     elif near:
         message += f"; did you mean {near[0]!r}?"
     return f"{message} (known: {', '.join(known)})"
