@@ -113,19 +113,20 @@ def _state_lines(name: str, model: nn.Module, options: MatrixOptimizerOptions) -
     elements = {"matrix": 0, "adamw": 0}
     state_bytes = {"matrix": 0, "adamw": 0}
     adamw_alone = 0
-    buffers = 2 if OPTIMIZER_CLASSES[name].has_second_moment else 1
+    has_second_moment = OPTIMIZER_CLASSES[name].has_second_moment
     for route in route_parameters(model, partition_options_of(options)):
         if route.role == "frozen":
             continue
         element_size = parameters[route.name].element_size()
-        matrix_element_size = torch.promote_types(parameters[route.name].dtype, torch.float32).itemsize
+        second_moment_size = torch.promote_types(parameters[route.name].dtype, torch.float32).itemsize
+        momentum_size = second_moment_size if options.momentum_dtype == "auto" else torch.bfloat16.itemsize
         elements[route.role] += route.numel
         state_bytes[route.role] += route.numel * (
-            buffers * matrix_element_size if route.role == "matrix" else 2 * element_size
+            momentum_size + has_second_moment * second_moment_size if route.role == "matrix" else 2 * element_size
         )
         adamw_alone += route.numel * 2 * element_size
     kept = {
-        "matrix": "momentum_buffer and exp_avg_sq" if buffers == 2 else "momentum_buffer",
+        "matrix": "momentum_buffer and exp_avg_sq" if has_second_moment else "momentum_buffer",
         "adamw": "exp_avg and exp_avg_sq",
     }
     lines = ["| state | bytes per element | elements | MiB | tensors |", "|---|---:|---:|---:|---|"]

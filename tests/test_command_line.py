@@ -15,7 +15,7 @@ from hf_matrix_optim import __main__ as command_line
 from hf_matrix_optim import create_optimizer
 from hf_matrix_optim.enable import PTH_NAME
 from hf_matrix_optim.model_report import ModelSourceError, model_report
-from hf_matrix_optim.options import OPTIMIZER_NAMES
+from hf_matrix_optim.options import OPTIMIZER_NAMES, parse_options, split_optim_args
 
 LAUNCHER = ("-m", "hf_matrix_optim")
 
@@ -196,15 +196,20 @@ def test_explain_follows_the_options() -> None:
     assert "| `transformer.h.*.mlp.c_fc.weight` (12) | 768 x 3072 | adamw |" in whole
 
 
+@pytest.mark.parametrize("momentum_dtype", ["auto", "bfloat16"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", OPTIMIZER_NAMES)
-def test_explain_counts_the_bytes_that_the_optimizer_keeps(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
+def test_explain_counts_the_bytes_that_the_optimizer_keeps(
+    name: str, dtype: torch.dtype, momentum_dtype: str, tmp_path: Path
+) -> None:
     config = GPT2Config(
         vocab_size=2**12, n_positions=32, n_embd=64, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0, dtype=dtype
     )
     config.save_pretrained(tmp_path)
     model = GPT2LMHeadModel(config).to(dtype)
-    optimizer = create_optimizer(name, model, lr=1e-3)
+    optim_args = f"momentum_dtype={momentum_dtype}"
+    options = parse_options(name, split_optim_args(optim_args))
+    optimizer = create_optimizer(name, model, lr=1e-3, options=options)
     model(input_ids=torch.zeros(1, 4, dtype=torch.long), labels=torch.zeros(1, 4, dtype=torch.long)).loss.backward()
     optimizer.step()
     kept = sum(
@@ -213,7 +218,7 @@ def test_explain_counts_the_bytes_that_the_optimizer_keeps(name: str, dtype: tor
         for key, value in state.items()
         if key not in ("step", "skipped")  # a counter for each parameter and matrix
     )
-    report = model_report(str(tmp_path), name)
+    report = model_report(str(tmp_path), name, optim_args)
     assert f"Together {kept / 2**20:,.1f} MiB" in report
     adamw_bytes = 2 * sum(p.numel() * p.element_size() for p in model.parameters())
     assert f"AdamW alone would keep {adamw_bytes / 2**20:,.1f} MiB" in report
