@@ -225,12 +225,14 @@ def number(p: float) -> float:
 
 
 def score_table(output: Path, stems: Sequence[str], benchmarks: Sequence[Benchmark]) -> str:
-    """Return the scores of checkpoints as a Markdown table, with a dash where there is no result."""
+    """Return the scores of checkpoints as a Markdown table, a dash where there is no result; "" if there is none."""
     results: Results = {}
     for stem in stems:
         found = {b.name: result for b in benchmarks if (result := read_result(result_path(output, stem, b.name)))}
         label = next(iter(found.values()))["checkpoint"]["label"] if found else stem
         results[label if label not in results else stem] = found
+    if not any(results.values()):
+        return ""
     common = [benchmark for benchmark in benchmarks if all(benchmark.name in of for of in results.values())]
     return score_markdown(results, benchmarks, common)
 

@@ -31,10 +31,11 @@ def fill(folder: Path, benchmarks: list[Benchmark]) -> list[str]:
             if data.files(need.dataset, need.config, split):
                 continue
             target = folder / need.dataset / (need.config or "default") / f"{split}.parquet"
-            target.parent.mkdir(parents=True, exist_ok=True)
             partial = target.with_name(f".{target.name}.partial")
             try:
-                download(need, split).to_parquet(str(partial))
+                rows = download(need, split)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                rows.to_parquet(str(partial))
             except Exception as error:  # huggingface_hub's, httpx' and datasets' own
                 failed[need.dataset] = f"{need.dataset} {hub_problem(error)}"
                 partial.unlink(missing_ok=True)

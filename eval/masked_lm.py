@@ -273,8 +273,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if not 0 < arguments.mask_rate <= 1:
             raise EvalError(f"--mask-rate {arguments.mask_rate} is not in (0, 1]")
-        if arguments.seed < 0:
-            raise EvalError(f"--seed {arguments.seed} is negative")
+        if not 0 <= arguments.seed < 2**64:
+            raise EvalError(f"--seed {arguments.seed} is not in [0, 2^64)")
+        if arguments.max_length is not None and arguments.max_length < 3:
+            raise EvalError(f"--max-length {arguments.max_length} has no room for a residue: give at least 3")
         entries = read_fasta(arguments.fasta)[: arguments.limit]
         check_writable(arguments.output)
         (device,) = chosen_devices(arguments.device, None)

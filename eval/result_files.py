@@ -20,9 +20,14 @@ def result_path(output: Path, checkpoint_stem: str, benchmark: str) -> Path:
 def read_result(path: Path) -> dict[str, Any] | None:
     """Return a result, or None if there is none or the file is not a whole one."""
     try:
-        result = json.loads(path.read_text(encoding="utf-8"))
+        return parse_result(path)
     except (FileNotFoundError, ValueError):
         return None
+
+
+def parse_result(path: Path) -> dict[str, Any] | None:
+    """Return a result, or None if the file holds other JSON; ValueError if it holds none."""
+    result = json.loads(path.read_text(encoding="utf-8"))
     return result if isinstance(result, dict) and result.get("format") == FORMAT else None
 
 
@@ -53,32 +58,38 @@ def write_result(path: Path, result: Mapping[str, Any]) -> None:
     write_text(path, json.dumps({"format": FORMAT, **result}, ensure_ascii=False, allow_nan=False) + "\n")
 
 
-def check_writable(folder: Path) -> None:
-    """Refuse a folder that cannot be written to, before hours of work.
+def check_writable(folder: Path, flag: str = "--output") -> None:
+    """Refuse a folder that cannot be written to or made, before hours of work; makes none.
 
     Raises:
-        EvalError: naming the folder.
+        EvalError: naming the flag and the folder.
     """
+    existing = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
+        with tempfile.TemporaryFile(dir=existing):
             pass
     except OSError as error:
-        raise EvalError(f"--output {folder} cannot be written to: {error.strerror}; give another folder") from error
+        raise EvalError(f"{flag} {folder} cannot be written to: {error.strerror}; give another folder") from error
 
 
 def read_results(folders: list[Path]) -> list[dict[str, Any]]:
     """Read every result below the folders, sorted by path.
 
     Raises:
-        EvalError: if a folder is not there or holds no result.
+        EvalError: if a folder is not there or holds no result, or a file in it is damaged.
     """
     results = []
     for folder in folders:
         if not folder.is_dir():
             raise EvalError(f"{folder}: no such folder")
-        found = [read_result(path) for path in sorted(folder.rglob("*.json"))]
-        benchmarks = [result for result in found if result is not None and "benchmark" in result]
+        benchmarks = []
+        for path in sorted(folder.rglob("*.json")):
+            try:
+                result = parse_result(path)
+            except (OSError, ValueError) as error:
+                raise EvalError(f"{path} cannot be read ({error}); run that benchmark again, or delete it") from error
+            if result is not None and "benchmark" in result:
+                benchmarks.append(result)
         if not benchmarks:
             raise EvalError(f"{folder} holds no result of `run`")
         results += benchmarks

@@ -40,7 +40,7 @@ def build_parser() -> argparse.ArgumentParser:
         prog="python eval/run.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="|".join(COMMANDS))
-    names = f"names of benchmarks, or all: {', '.join(BENCHMARKS)}"
+    names = f"names of benchmarks, separated by blanks or commas, or all: {', '.join(BENCHMARKS)}"
     data_help = "folder with the data sets, ORG/NAME/CONFIG/SPLIT.parquet or .jsonl; without it: the Hub"
 
     run = commands.add_parser(
@@ -161,7 +161,8 @@ def run(arguments: argparse.Namespace) -> int:
                 tqdm.write(one_line(report.result), file=sys.stderr)
     from comparison_tables import score_table
 
-    print(score_table(arguments.output, [checkpoint.file_stem for checkpoint in checkpoints], benchmarks))
+    if scores := score_table(arguments.output, [checkpoint.file_stem for checkpoint in checkpoints], benchmarks):
+        print(scores)
     if failures:
         print(f"{len(failures)} of {len(jobs)} failed; the same command goes on with them", file=sys.stderr)
     return 1 if failures else 0
@@ -220,7 +221,8 @@ def chosen_devices(device: str | None, gpus: str | None) -> list[str]:
         count = torch.cuda.device_count()
         for number in numbers:
             if not number.isdigit() or int(number) >= count:
-                raise EvalError(f"--gpus {gpus}: there is no GPU {number!r}; this machine has {count}")
+                hint = "" if count else "; use --device cpu"
+                raise EvalError(f"--gpus {gpus}: there is no GPU {number!r}; this machine has {count}{hint}")
         if len(set(numbers)) < len(numbers):
             raise EvalError(f"--gpus {gpus}: a GPU is named twice")
         return [f"cuda:{int(number)}" for number in numbers]
@@ -229,7 +231,7 @@ def chosen_devices(device: str | None, gpus: str | None) -> list[str]:
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise EvalError(f"--device {device}: {str(error).splitlines()[0]}") from error
+        raise EvalError(f"--device {device}: {str(error).splitlines()[0]}; use --device cpu") from error
     return [device]
 
 
@@ -263,7 +265,7 @@ def prepare(arguments: argparse.Namespace) -> int:
     from result_files import check_writable
 
     benchmarks = select(arguments.tasks, arguments.skip)
-    check_writable(arguments.data_dir)
+    check_writable(arguments.data_dir, "--data-dir")
     lines = fill(arguments.data_dir, benchmarks)
     for line in lines:
         print(f"error: {line}", file=sys.stderr)

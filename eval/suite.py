@@ -60,11 +60,12 @@ BENCHMARKS = {benchmark.name: benchmark for benchmark in SUITE}
 
 
 def select(names: Sequence[str], skip: Sequence[str] = ()) -> list[Benchmark]:
-    """Return the named benchmarks in the suite's order; ``all`` names every one.
+    """Return the named benchmarks in the suite's order; ``all`` names every one, and commas may separate names.
 
     Raises:
         EvalError: for an unknown name, or if nothing is left.
     """
+    names, skip = ([part for name in some for part in name.split(",") if part] for some in (names, skip))
     for name in (*names, *skip):
         if name not in BENCHMARKS and name != "all":
             near = difflib.get_close_matches(name, BENCHMARKS, n=1)
@@ -73,5 +74,5 @@ def select(names: Sequence[str], skip: Sequence[str] = ()) -> list[Benchmark]:
     wanted = {*BENCHMARKS} if "all" in names else {*names}
     chosen = [benchmark for benchmark in SUITE if benchmark.name in wanted and benchmark.name not in skip]
     if not chosen:
-        raise EvalError("no benchmark is left: --skip names all of --tasks")
+        raise EvalError("no benchmark is left: name some in --tasks that --skip does not")
     return chosen

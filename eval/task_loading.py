@@ -166,7 +166,10 @@ def load_benchmark(benchmark: Benchmark, data: DataFolder | None, leaf: str | No
                 raise EvalError(
                     f"{benchmark.title}: its data has not the form that its task reads ({text})"
                 ) from error
-            raise EvalError(f"{benchmark.title}: its data set {hub_problem(error)}") from error
+            raise EvalError(
+                f"{benchmark.title}: its data set {hub_problem(error)}; or give --data-dir, with a folder that "
+                "`prepare` has filled"
+            ) from error
     return loaded
 
 

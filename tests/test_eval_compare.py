@@ -195,6 +195,10 @@ def test_results_that_cannot_be_are_refused(tmp_path):
     write(tmp_path / "copy", "a", "piqa", answers(0.7))
     with pytest.raises(EvalError, match="two results of PIQA on a"):
         compare_results([tmp_path])
+    (damaged,) = (tmp_path / "copy").rglob("piqa.json")
+    damaged.write_text(damaged.read_text()[:-9])
+    with pytest.raises(EvalError, match=f"{damaged} cannot be read .*; run that benchmark again"):
+        compare_results([tmp_path])
 
 
 def test_seeds_are_compared_over_seeds(tmp_path):

@@ -156,6 +156,11 @@ def test_the_command_keeps_results_and_compares_on_the_same_residues(tmp_path, f
     capsys.readouterr()
     assert masked_lm.main([*arguments, "--mask-rate", "0"]) == 1
     assert capsys.readouterr().err == "error: --mask-rate 0.0 is not in (0, 1]\n"
+    for seed in (-1, 2**64):
+        assert masked_lm.main([*arguments, "--seed", str(seed)]) == 1
+        assert capsys.readouterr().err == f"error: --seed {seed} is not in [0, 2^64)\n"
+    assert masked_lm.main([*arguments, "--max-length", "2"]) == 1
+    assert "--max-length 2 has no room for a residue: give at least 3" in capsys.readouterr().err
 
 
 def test_a_causal_model_is_refused(tmp_path):

@@ -165,17 +165,23 @@ def test_bad_input_is_one_clear_line(data, checkpoint, tmp_path, capsys):
     assert "--allow-code" in error_of(command(data, out, checkpoint, tasks=("all",)), capsys)
     assert "no such folder" in error_of(command(tmp_path / "none", out, checkpoint), capsys)
     assert "no GPU '9'" in error_of([*command(data, out, checkpoint)[:-2], "--gpus", "9"], capsys)
-    assert "--device tpu9" in error_of([*command(data, out, checkpoint), "--device", "tpu9"], capsys)
+    assert error_of([*command(data, out, checkpoint), "--device", "tpu9"], capsys).endswith("; use --device cpu")
     blocked = tmp_path / "file"
     blocked.write_text("")
     assert "cannot be written to" in error_of(command(data, blocked / "out", checkpoint), capsys)
+    text = error_of(["prepare", "--data-dir", str(blocked / "data")], capsys)
+    assert text.startswith(f"error: --data-dir {blocked / 'data'} cannot be written to")
+    assert not out.exists()  # nothing was begun
     (checkpoint / "tokenizer.json").unlink()
     (checkpoint / "tokenizer_config.json").unlink()
     assert "give --tokenizer" in error_of(command(data, out, checkpoint, tasks=("piqa",)), capsys)
     for name in ("model.safetensors", "config.json"):
         (checkpoint / name).write_text("broken")
         save_tokenizer(checkpoint)
-        assert "cannot be loaded" in error_of(command(data, out, checkpoint, tasks=("piqa",)), capsys)
+        assert run.main(command(data, out, checkpoint, tasks=("piqa",))) == 1
+        printed = capsys.readouterr()
+        assert "cannot be loaded" in printed.err
+        assert printed.out == ""  # no table without a result
     (checkpoint / "model.safetensors").unlink()
     assert "holds no weights" in error_of(command(data, out, checkpoint), capsys)
     assert not list(out.rglob("*.json"))
@@ -337,6 +343,7 @@ def test_prepare_fills_a_folder_that_is_then_enough(data, tmp_path, monkeypatch,
     there = [BENCHMARKS[name] for name in names[:2]]
     assert missing_data(there, DataFolder(tmp_path)) == []
     assert not list(tmp_path.rglob("*.partial"))
+    assert not (tmp_path / "openai").exists()
     (law,) = (need for need in needs(BENCHMARKS["cmmlu"]) if need.config == "college_law")
     assert len(download_data.download(law, "dev")) == 7  # by its other name
     asked.clear()

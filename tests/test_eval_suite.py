@@ -297,6 +297,7 @@ def test_show_prints_the_prompt_of_a_whole_run(data, loaded):
 def test_names_are_checked():
     assert [benchmark.name for benchmark in select(["gsm8k", "mmlu"])] == ["mmlu", "gsm8k"]
     assert len(select(["all"], skip=["mbpp"])) == 14
+    assert select(["piqa,hellaswag,", "mmlu"], ["mmlu,gsm8k"]) == [BENCHMARKS["hellaswag"], BENCHMARKS["piqa"]]
     with pytest.raises(EvalError, match="no benchmark 'helaswag'; did you mean hellaswag"):
         select(["helaswag"])
     with pytest.raises(EvalError, match="no benchmark is left"):
@@ -319,6 +320,15 @@ def test_a_folder_is_read_without_the_network(data, monkeypatch):
     load_benchmark(BENCHMARKS["piqa"], data)
     assert asked == []
     assert datasets.config.HF_HUB_OFFLINE is False
+
+
+def test_without_a_folder_and_the_hub_the_remedy_is_named(monkeypatch):
+    def unreachable(*args, **kwargs):
+        raise ConnectionError("no route")
+
+    monkeypatch.setattr(datasets, "load_dataset", unreachable)
+    with pytest.raises(EvalError, match="PIQA: its data set cannot be had: .* not reachable; or give --data-dir"):
+        load_benchmark(BENCHMARKS["piqa"], None)
 
 
 def test_rows_of_another_form_are_one_line(data, tmp_path):
