@@ -280,8 +280,11 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=3, help="turns of every optimizer")
     parser.add_argument("--json", type=Path, help="write the raw times (milliseconds) to this file")
     args = parser.parse_args(argv)
-    if min(args.steps, args.rounds) < 1 or args.steps * args.rounds < 2 or args.warmup < 1:
-        parser.error("--warmup, --steps and --rounds must be at least 1, and steps times rounds at least 2")
+    for name in ("warmup", "steps", "rounds"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name} {getattr(args, name)}: it must be at least 1")
+    if args.steps * args.rounds < 2:
+        parser.error("--steps 1 --rounds 1: one of them must be at least 2, for the quartiles")
     check_output(parser, args.json)
     args.device = check_device(parser, args.device)
     args.optimizers, args.absent = chosen_optimizers(parser, args.optimizers, args.device)

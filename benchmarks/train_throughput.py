@@ -288,6 +288,12 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         args.workloads = [(workload, rows_of(workload, tokens, args)) for workload in workloads]
     except ValueError as error:
         parser.error(str(error))
+    for workload in workloads:
+        config = build_config(workload.model, workload.context)
+        try:
+            build_model(config, torch.device("meta"), args.attention, args.seed)
+        except (ValueError, ImportError) as error:
+            parser.error(f"--attention {args.attention}: {workload.model}: {first_line(error)} Use sdpa or eager")
     return args
 
 
