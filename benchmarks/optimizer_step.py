@@ -42,7 +42,7 @@ from device_timing import (
     timed,
 )
 from step_floor import matrix_shapes, measure_peaks, state_bytes_of, step_counts
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, EsmConfig, GPT2Config, PretrainedConfig, Qwen2Config
 
 from hf_matrix_optim.partition import param_groups_for
@@ -110,24 +110,37 @@ def load_config(name: str) -> PretrainedConfig:
         ) from None
 
 
-def build_groups(config: PretrainedConfig, device: torch.device, dtype: torch.dtype, scope: str) -> Groups:
-    """Param groups of the model with random weights and gradients; for scope "matrices" the matrix groups alone."""
+def meta_groups(config: PretrainedConfig, scope: str) -> Groups:
+    """Param groups of the model without memory; for scope "matrices" the matrix groups alone."""
     with torch.device("meta"):
         model = AutoModel.from_config(config)
-    groups = [group for group in param_groups_for(model) if scope == "all" or group["role"] == "matrix"]
+    return [group for group in param_groups_for(model) if scope == "all" or group["role"] == "matrix"]
+
+
+def random_weight(shape: torch.Size, generator: torch.Generator) -> Tensor:
+    """A float32 weight on the generator's device."""
+    return torch.randn(shape, generator=generator, device=generator.device).mul_(0.02)
+
+
+def random_gradient(shape: torch.Size, generator: torch.Generator) -> Tensor:
+    """A float32 gradient on the generator's device: of a matrix, rank ``GRADIENT_RANK`` plus noise."""
+    device = generator.device
+    grad = torch.randn(shape, generator=generator, device=device)
+    if len(shape) == 2:
+        left = torch.randn(shape[0], GRADIENT_RANK, generator=generator, device=device)
+        right = torch.randn(GRADIENT_RANK, shape[1], generator=generator, device=device)
+        grad = 0.1 * grad + left @ right / GRADIENT_RANK**0.5
+    return grad * 1e-3
+
+
+def build_groups(config: PretrainedConfig, device: torch.device, dtype: torch.dtype, scope: str) -> Groups:
+    """``meta_groups`` with random weights and gradients."""
+    groups = meta_groups(config, scope)
     generator = torch.Generator(device).manual_seed(0)
     for group in groups:
-        group["params"] = [
-            nn.Parameter(torch.randn(p.shape, generator=generator, device=device).mul_(0.02).to(dtype))
-            for p in group["params"]
-        ]
+        group["params"] = [nn.Parameter(random_weight(p.shape, generator).to(dtype)) for p in group["params"]]
     for p in all_of(groups):
-        grad = torch.randn(p.shape, generator=generator, device=device)
-        if p.ndim == 2:
-            left = torch.randn(p.size(0), GRADIENT_RANK, generator=generator, device=device)
-            right = torch.randn(GRADIENT_RANK, p.size(1), generator=generator, device=device)
-            grad = 0.1 * grad + left @ right / GRADIENT_RANK**0.5
-        p.grad = (grad * 1e-3).to(dtype)
+        p.grad = random_gradient(p.shape, generator).to(dtype)
     return groups
 
 

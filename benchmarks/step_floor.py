@@ -108,7 +108,7 @@ def measure_peaks(device: torch.device) -> Peaks:
     on_gpu = device.type == "cuda"
     sizes, dtypes = ((4096, 8192), (torch.float16,)) if on_gpu else ((1024,), (torch.float32, torch.bfloat16))
     peaks = Peaks(
-        _copy_bytes_per_second(2**28 if on_gpu else 2**24, device),
+        copy_bytes_per_second(device),
         *max(
             (_product_flops_per_second(size, dtype, device), f"{str(dtype).removeprefix('torch.')} {size}^3")
             for size in sizes
@@ -119,8 +119,9 @@ def measure_peaks(device: torch.device) -> Peaks:
     return peaks
 
 
-def _copy_bytes_per_second(elements: int, device: torch.device) -> float:
-    source = torch.ones(elements, device=device)
+def copy_bytes_per_second(device: torch.device) -> float:
+    """Bytes read and written by a copy of 1 GiB (CPU: 64 MiB); the best of ten."""
+    source = torch.ones(2**28 if device.type == "cuda" else 2**24, device=device)
     target = torch.empty_like(source)
     return 2 * source.numel() * source.element_size() / _best_seconds(lambda: target.copy_(source), device)
 

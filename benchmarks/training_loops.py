@@ -283,14 +283,21 @@ def train_with_trainer(
     choice: OptimizerChoice,
     clock: WindowClock,
     args: argparse.Namespace,
+    **engine: Any,
 ) -> float:
-    """Train over ``rows`` once with Trainer; returns the mean loss."""
+    """Train over ``rows`` once with Trainer; returns the mean loss.
+
+    Args:
+        rows: of all ranks together.
+        batch: rows of a rank and step.
+        engine: more of ``TrainingArguments``, such as those of FSDP.
+    """
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(
             model=model,
             args=TrainingArguments(
                 output_dir=folder,
-                max_steps=len(rows) // batch,
+                max_steps=clock.warmup + clock.steps * args.windows,
                 per_device_train_batch_size=batch,
                 optim=choice.trainer_name,
                 optim_args=choice.optim_args,
@@ -310,6 +317,7 @@ def train_with_trainer(
                 report_to="none",
                 disable_tqdm=True,
                 seed=args.seed,
+                **engine,
             ),
             train_dataset=rows,
             data_collator=collate,
