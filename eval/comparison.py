@@ -19,7 +19,7 @@ from comparison_tables import (
 )
 from eval_error import EvalError
 from paired_tests import PairedDifference, holm, paired_difference
-from result_files import read_results, write_text
+from result_files import check_writable, read_results, write_text
 from suite import SUITE, Benchmark
 
 SAME_KEYS = ("task_hash", "lm_eval", "shots", "shots_seed", "limit")
@@ -57,6 +57,7 @@ def compare_results(
         parts += difference_markdown(rows, results, columns, common, reference)
     markdown = "\n\n".join(parts) + "\n"
     folder = output or folders[0]
+    check_writable(folder)
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / "compare.md", markdown)
     write_text(folder / "compare.csv", csv_text(rows))
