@@ -15,6 +15,7 @@ from step_plan import Plan
 from task import Task, TrainingData
 from transformers import PretrainedConfig, PreTrainedTokenizerBase, TrainingArguments
 
+from hf_matrix_optim.kernels.stack_plan import why_not
 from hf_matrix_optim.options import split_optim_args
 from hf_matrix_optim.partition import explain
 from hf_matrix_optim.registry import (
@@ -106,6 +107,10 @@ def explain_partition(task: Task, config: PretrainedConfig, training: TrainingAr
     try:
         options = parse_options(name, split_optim_args(training.optim_args))
         options = options_with_target_modules(options, training)
+        if options.kernels == "triton" or options.cuda_graph:
+            asked = "kernels=triton" if options.kernels == "triton" else "cuda_graph=true"
+            if reason := why_not(training.device):
+                raise ValueError(f"{asked} was asked for, but {reason}; or leave it out")
         create_optimizer(
             name,
             model,
