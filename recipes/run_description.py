@@ -6,6 +6,7 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
+from block_attention import FULL_BLOCK, PADDED_BLOCK
 from document_tokens import tokenizer_fingerprint
 from model_flops import peak_flops
 from recipe_arguments import RecipeArguments
@@ -135,7 +136,8 @@ def check_attention(task: Task, config: PretrainedConfig, attention: str | None)
         with torch.device("meta"):
             task.new_model(config, attention)
     except (ValueError, ImportError) as error:
-        raise RecipeError(f"--attention {attention}: {error}") from error
+        own = f"the recipes' own are {FULL_BLOCK} and {PADDED_BLOCK}"
+        raise RecipeError(f"--attention {attention}: {error}; {own}") from error
 
 
 def show_dry_run(run: Mapping[str, Any], partition: str, task: Task, config: PretrainedConfig) -> None:

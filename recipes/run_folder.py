@@ -204,8 +204,8 @@ def check_same_run(earlier: Mapping[str, Any], identity: Mapping[str, Any]) -> N
     Raises:
         RecipeError: naming every difference.
     """
-    saved = json.loads(json.dumps(earlier["identity"], default=str))
-    wanted = json.loads(json.dumps(identity, default=str))
+    saved = with_inner_keys(json.loads(json.dumps(earlier["identity"], default=str)))
+    wanted = with_inner_keys(json.loads(json.dumps(identity, default=str)))
     differences = [
         f"{key} was {saved.get(key)!r} and is now {wanted.get(key)!r}"
         for key in sorted(saved.keys() | wanted.keys())
@@ -216,6 +216,14 @@ def check_same_run(earlier: Mapping[str, Any], identity: Mapping[str, Any]) -> N
             f"the run to resume was started differently: {'; '.join(differences)}. Resume it with its own settings, "
             "or start a new run in another --output_dir"
         )
+
+
+def with_inner_keys(identity: Mapping[str, Any]) -> dict[str, Any]:
+    """Put the values of inner dicts beside the others, as ``model.hidden_size``."""
+    flat: dict[str, Any] = {}
+    for key, value in identity.items():
+        flat |= {f"{key}.{inner}": of for inner, of in value.items()} if isinstance(value, dict) else {key: value}
+    return flat
 
 
 def weights_hash(model: nn.Module) -> str:

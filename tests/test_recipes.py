@@ -54,6 +54,7 @@ def tokenizer() -> Any:
         (["--tokens_per_step", "100"], "no multiple of 1 devices x a block of 32 tokens"),
         (["--per_device_train_batch_size", "3"], "no multiple of --per_device_train_batch_size 3"),
         (["--tokenizer", "{bad}"], "cannot be loaded"),
+        (["--tokenizer", "{bad}/nothing"], "nothing: no such folder"),
         (["--train_sampling_strategy", "group_by_length"], "the order is fixed here"),
         (["--optim", "mud", "--optim_args", "pases=2"], "--optim mud:"),
         (["--optim", "muon", "--learning_rate", "-1"], "--learning_rate is -1.0; it must be at least 0"),
@@ -89,7 +90,7 @@ def tokenizer() -> Any:
         (["--schedule", "warmup_stable", "--decay", "2", "--warmup_steps", "2"], "do not fit in 3 steps"),
         (["--floor", "1"], "--floor is 1.0; it must be in [0, 1)"),
         (["--stop_after", "0"], "--stop_after is 0; it must be at least 1"),
-        (["--attention", "flash"], "--attention flash"),
+        (["--attention", "flash"], "the recipes' own are full_block and padded_block"),
         (["--label_smoothing_factor", "0.1"], "a language model is trained here without"),
         (["--streaming", "--dataloader_num_workers", "2"], "a stream keeps its place in the main process"),
     ],
@@ -126,6 +127,8 @@ def test_a_data_set_that_cannot_be_loaded_is_refused(text: Path, cache: str, tmp
     argv = flags(text, cache, tmp_path / "out", "--dataset_name", str(tmp_path / "empty"))
     assert run(without(argv, "--train_data")) == 2
     assert "empty cannot be loaded" in capsys.readouterr().err
+    assert run(flags(text, cache, tmp_path / "out", "--dataset_name", "digit", family="cifar10"), "cifar10") == 2
+    assert "did you mean digits?" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -340,7 +343,7 @@ def test_dry_run_of_a_large_preset_needs_no_network(tmp_path: Path, capsys: Any,
     shown = capsys.readouterr()
     assert "123,606,528 parameters; 1,000 steps of 491,520 tokens = 491,520,000 tokens" in shown.out
     assert "8.55e+08 FLOPs for one of the tokens, 4.2e+17 in all: 0.295 hours of one H100 at 40%" in shown.out
-    assert "nothing cannot be loaded" in shown.err
+    assert "nothing: no such folder" in shown.err
     assert run([*argv[:-1], "--output_dir", str(tmp_path / "out")], "gpt2") == 2
     assert not (tmp_path / "out").exists()
 
