@@ -14,7 +14,7 @@ from pathlib import Path
 from recipe_error import RecipeError
 from study_comparison import compare
 from study_metrics import load_run
-from study_report import REPORT_FILE, report, write_report
+from study_report import REPORT_FILE, check_report_folder, report, write_report
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -28,9 +28,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     try:
         targets = numbers(arguments.targets, "--targets")
+        check_report_folder(arguments.output_dir)
         comparison = compare([load_run(run) for run in arguments.runs], baseline=arguments.baseline, targets=targets)
-        if arguments.output_dir.is_file():
-            raise RecipeError(f"--output_dir {arguments.output_dir} is a file")
         write_report(comparison, arguments.output_dir)
     except RecipeError as error:
         print("error:", *str(error).split(), file=sys.stderr)  # on one line

@@ -21,6 +21,7 @@ import matplotlib
 from pretrain import pretrain
 from recipe_arguments import parse_arguments
 from recipe_error import RecipeError
+from run_folder import check_writable
 from run_log import read_log
 
 matplotlib.use("Agg")
@@ -203,14 +204,27 @@ def draw_curves(models: Mapping[DemoModel, Sequence[Curves]], path: Path) -> Non
     plt.close(figure)
 
 
-def main() -> int:
+def check_demo_folder(folder: Path) -> None:
+    """Refuse a folder whose files the demo could replace, unless it holds runs of an earlier one.
+
+    Raises:
+        RecipeError: naming it.
+    """
+    check_writable(folder)
+    is_own = any((folder / model.recipe).is_dir() for model in MODELS)
+    if not is_own and folder.is_dir() and any(folder.iterdir()):
+        raise RecipeError(f"--output_dir {folder} holds files that no demo wrote: give another folder")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, default=Path("out/demo"))
-    output_dir = parser.parse_args().output_dir
+    output_dir = parser.parse_args(argv).output_dir
     start = time.perf_counter()
     models: dict[DemoModel, list[Curves]] = {}
     jobs = [(model, optim) for model in MODELS for optim in OPTIMIZERS]
     try:
+        check_demo_folder(output_dir)
         for number, (model, optim) in enumerate(jobs, start=1):
             print(f"\n[{number}/{len(jobs)}] {model.label}, {OPTIMIZERS[optim]}", flush=True)
             folder, rate = output_dir / model.recipe / optim, model.learning_rates[optim]
@@ -218,7 +232,7 @@ def main() -> int:
             run = run_one(model, optim, rate, folder, ["--eval_steps", every, "--logging_steps", "10"])
             models.setdefault(model, []).append(read_curves(optim, rate, folder, run))
     except RecipeError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print("error:", *str(error).split(), file=sys.stderr)  # on one line
         return 2
     draw_curves(models, output_dir / "loss.png")
     (output_dir / "results.md").write_text(results_page(models, time.perf_counter() - start), encoding="utf-8")

@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from multiprocessing import get_context
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -23,6 +24,9 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     Raises:
         RecipeError: if it cannot be loaded or has no end-of-text token.
     """
+    # a name on the Hub has one slash, inside
+    if (name.startswith((".", "/", "~")) or name.count("/") > 1) and not Path(name).exists():
+        raise RecipeError(f"--tokenizer {name}: no such folder; give the folder of a tokenizer or its name on the Hub")
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:

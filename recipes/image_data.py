@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from recipe_arguments import nearest
 from recipe_error import RecipeError
 from sample_order import SampleOrder
 from torch import Tensor
@@ -67,7 +68,7 @@ def load_hub_images(name: str, config: str | None, split: str | None) -> ImageSp
     try:
         loaded = datasets.load_dataset(name, config)
     except Exception as error:  # the Hub's client, fsspec and the builders each have their own
-        raise RecipeError(f"--dataset_name {name} cannot be loaded: {error}") from error
+        raise RecipeError(f"--dataset_name {name} cannot be loaded: {error}{nearest(name, [DIGITS])}") from error
     split = split or "train"
     if split not in loaded:
         raise RecipeError(f"--dataset_split {split}: {name} has {', '.join(loaded)}")

@@ -52,6 +52,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if not 0 <= arguments.validation_fraction < 1:
             raise RecipeError(f"--validation_fraction is {arguments.validation_fraction}; it must be in [0, 1)")
+        for flag, value in (("--max_tokens", arguments.max_tokens), ("--workers", arguments.workers)):
+            if value is not None and not 1 <= value < float("inf"):
+                raise RecipeError(f"{flag} is {value}; it must be at least 1 and finite")
+        if arguments.kind == "proteins" and arguments.tokenizer is not None:
+            raise RecipeError("--tokenizer: proteins are read with ESM-2's own vocabulary; leave the flag out")
         if arguments.kind == "text" and arguments.tokenizer is None:
             raise RecipeError("no tokenizer: give --tokenizer")
         train, validation = data_sources(

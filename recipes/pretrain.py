@@ -11,12 +11,15 @@ import logging
 import math
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from recipe_arguments import Preset, RecipeArguments, parse_arguments
-from recipe_error import RecipeError
+from recipe_error import REFUSALS, RecipeError
 from recipe_trainer import PretrainingTrainer, stream_state_file
 from run_description import check_attention, describe, explain_partition, show_dry_run, total_peak_flops
 from run_folder import (
@@ -27,6 +30,7 @@ from run_folder import (
     checkpoint_to_resume,
     clear_partial_checkpoints,
     clear_run,
+    is_checkpoint_of,
     is_finished,
     read_run,
     weights_hash,
@@ -94,7 +98,7 @@ def pretrain(
     is_broken = is_auto and finished is None and (folder / RUN_FILE).is_file()
     if finished is None:
         overwrite = arguments.overwrite_output_dir or (is_broken and checkpoint is None)
-        check_output_folder(folder, resume=checkpoint is not None, overwrite=overwrite)
+        check_output_folder(folder, resume=is_checkpoint_of(folder, checkpoint), overwrite=overwrite)
 
     needs_data = not arguments.dry_run or (training.max_steps <= 0 and arguments.max_tokens is None)
     try:
@@ -130,7 +134,8 @@ def pretrain(
         if finished["results"]["steps"] >= plan.steps:
             print(f"{folder} holds this run, finished: nothing is left to do")
             return finished
-        check_output_folder(folder, resume=checkpoint is not None, overwrite=arguments.overwrite_output_dir)
+        is_own = is_checkpoint_of(folder, checkpoint)
+        check_output_folder(folder, resume=is_own, overwrite=arguments.overwrite_output_dir)
     run["data"] = dict(data.facts)
     run["unit"] = task.unit
     return train(run, task, preset, arguments, config, tokenizer, data, plan, training, checkpoint)
@@ -164,7 +169,8 @@ def train(
     run["resumed_from"] = checkpoint
     samples = data.training(order_seed, plan.steps * plan.sequences_per_step)
     log = RunLog(folder)
-    trainer = PretrainingTrainer(
+    make_trainer = partial(
+        PretrainingTrainer,
         model=model,
         args=training,
         train_dataset=samples,
@@ -181,6 +187,9 @@ def train(
         log_record=log.append,
         stream_state=stream_place(samples, plan, training) if data.is_stream else None,
     )
+    if training.log_level == "passive":  # as it is by default: then the one line about the partition is shown too
+        logging.getLogger("transformers.hf_matrix_optim").setLevel(logging.INFO)
+    trainer = accepted_trainer(make_trainer, folder)
     resumed_step = 0
     if checkpoint is not None:
         resumed_step = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json")).global_step
@@ -188,12 +197,13 @@ def train(
         if data.is_stream:
             find_place(samples, Path(checkpoint), training)
     if trainer.is_world_process_zero():
-        if checkpoint is None:
-            clear_run(folder)
-        else:
+        is_own = is_checkpoint_of(folder, checkpoint)
+        if is_own:
             clear_partial_checkpoints(folder)
+        else:
+            clear_run(folder)
         write_run(folder, run)
-        if checkpoint is not None and Path(checkpoint).resolve().parent != folder.resolve():
+        if checkpoint is not None and not is_own:
             shutil.copy(Path(checkpoint).parent / LOG_FILE, folder)
         log.truncate(resumed_step)
         print(
@@ -202,8 +212,6 @@ def train(
             + (f", from step {resumed_step:,} on" if resumed_step else "")
         )
     trainer.accelerator.wait_for_everyone()
-    if training.log_level == "passive":  # as it is by default: then the one line about the partition is shown too
-        logging.getLogger("transformers.hf_matrix_optim").setLevel(logging.INFO)
     outcome = trainer.train(resume_from_checkpoint=checkpoint)
     if trainer.state.global_step < plan.steps:
         if trainer.is_world_process_zero():
@@ -214,6 +222,29 @@ def train(
         return run
     finish(run, trainer, task, plan, data, outcome.metrics)
     return run
+
+
+def accepted_trainer(make_trainer: Callable[[], PretrainingTrainer], folder: Path) -> PretrainingTrainer:
+    """Make the trainer, and what it would first make in ``train``, while an earlier run still stands in the folder.
+
+    Raises:
+        RecipeError: for what Trainer, torch or the optimizer refuses.
+    """
+    is_new = not folder.exists()
+    try:
+        trainer = make_trainer()
+        with torch.random.fork_rng(devices=[]):  # a loader may draw its seed
+            trainer.get_train_dataloader()
+            if trainer.eval_dataset is not None:
+                trainer.get_eval_dataloader()
+        if not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):  # those make it of the sharded model
+            trainer.create_optimizer()
+    except REFUSALS as error:
+        if is_new:
+            with suppress(OSError):
+                folder.rmdir()  # which Trainer has made
+        raise RecipeError(str(error)) from error
+    return trainer
 
 
 def finish(
@@ -305,4 +336,7 @@ def main(recipe: str, presets: Mapping[str, Preset], argv: Sequence[str] | None 
     except RecipeError as error:
         print("error:", *str(error).split(), file=sys.stderr)  # on one line
         return 2
+    except KeyboardInterrupt:
+        print("stopped; --resume_from_checkpoint auto goes on from the last checkpoint, if any", file=sys.stderr)
+        return 130
     return 0

@@ -1,13 +1,16 @@
 """The command line of a recipe: a preset's literals under the flags of ``TrainingArguments`` and a few of ours."""
 
+import argparse
 import difflib
 import sys
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from recipe_error import RecipeError
+from recipe_error import REFUSALS, RecipeError
 from transformers import HfArgumentParser, PretrainedConfig, TrainingArguments
+
+from hf_matrix_optim.options import OPTIMIZER_NAMES, parse_options, split_optim_args
 
 # Flags of which a person gives one; it then replaces whatever the preset says in its row.
 ONE_OF = (
@@ -22,6 +25,20 @@ SCHEDULE_KEYS = ("schedule", "decay", "floor", "lr_scheduler_kwargs")
 SCHEDULES = ("warmup_stable", "cosine")
 TASKS = ("causal_lm", "masked_lm", "image_classification")
 NOT_GIVEN = object()
+# Trainer accepts --optim_args beside these and reads nothing of it.
+WITHOUT_OPTIONS = ("adamw_torch", "adamw_torch_fused", "adamw_torch_xla", "adamw_torch_npu_fused", "adafactor")
+AT_LEAST_ONE = (
+    "max_tokens",
+    "tokens_per_step",
+    "preprocessing_workers",
+    "max_prepared_tokens",
+    "validation_samples",
+    "stop_after",
+    "per_device_train_batch_size",
+    "per_device_eval_batch_size",
+    "gradient_accumulation_steps",
+)
+AT_LEAST_ZERO = ("shuffle_buffer", "learning_rate", "weight_decay", "dataloader_num_workers")
 
 
 @dataclass(frozen=True)
@@ -195,22 +212,45 @@ def parse_arguments(
         The preset, our arguments, Trainer's, and the names of the flags that were given.
 
     Raises:
-        RecipeError: for an unknown preset, flag or preset key, and for flags that exclude each other.
+        RecipeError: as `check_command_line`, and for what Trainer's arguments refuse.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
+    preset, parser, given = check_command_line(recipe, presets, argv)
+    try:
+        recipe_arguments, training_arguments = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
+    except REFUSALS as error:
+        raise RecipeError(str(error)) from error
+    return preset, recipe_arguments, training_arguments, given
+
+
+def check_command_line(
+    recipe: str, presets: Mapping[str, Preset], argv: Sequence[str]
+) -> tuple[Preset, HfArgumentParser, frozenset[str]]:
+    """Check the flags of a command line and their values; makes no ``TrainingArguments``, which would claim a device.
+
+    Returns:
+        The preset, the parser with its defaults, and the names of the flags that were given.
+
+    Raises:
+        RecipeError: for an unknown preset, flag or preset key, flags that exclude each other, and bad values.
+    """
     arguments = (RecipeArguments, TrainingArguments)
     flags = {flag.name for dataclass_type in arguments for flag in fields(dataclass_type) if flag.init}
     options: dict[str, Any] = {
         "usage": "%(prog)s --preset NAME [--FLAG VALUE ...]",
         "description": f"Pretrain {recipe} from scratch. Presets: {', '.join(presets)}.",
         "allow_abbrev": False,
+        "exit_on_error": False,
     }
     parser = HfArgumentParser(arguments, **options)
     scan = HfArgumentParser(arguments, add_help=False, **options)
     scan.set_defaults(**dict.fromkeys(flags, NOT_GIVEN))
     if {"-h", "--help"} & set(argv):
         parser.parse_args(["--help"])
-    known, unknown = scan.parse_known_args(argv)
+    try:
+        known, unknown = scan.parse_known_args(argv)
+    except argparse.ArgumentError as error:
+        raise RecipeError(f"{error.argument_name}: {with_nearest_choice(error.message)}") from error
     given = frozenset(name for name, value in vars(known).items() if value is not NOT_GIVEN)
     if unknown:
         flag = unknown[0].partition("=")[0]
@@ -227,12 +267,19 @@ def parse_arguments(
     seed = known.seed if "seed" in given else defaults.get("seed", parser.get_default("seed"))
     name = f"{recipe}-{known.preset}-{optimizer}-seed{seed}"
     parser.set_defaults(**{"output_dir": f"out/{name}", "run_name": name, **defaults})
-    recipe_arguments, training_arguments = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
-    check_values(recipe_arguments, preset.task)
-    return preset, recipe_arguments, training_arguments, given
+    check_values(parser.parse_args(argv), preset.task, given)
+    return preset, parser, given
 
 
-def check_values(arguments: RecipeArguments, task: str) -> None:
+def with_nearest_choice(message: str) -> str:
+    """Replace argparse's list of all choices by the one most like what was given, if there is one."""
+    problem, _, choices = message.partition(" (choose from ")
+    word = problem.rpartition(": ")[2].strip("'")
+    near = nearest(word, choices.rstrip(")").replace("'", "").split(", "))
+    return f"{problem}{near}" if near else message
+
+
+def check_values(arguments: argparse.Namespace, task: str, given: Collection[str]) -> None:
     """Refuse values out of range.
 
     Raises:
@@ -249,23 +296,42 @@ def check_values(arguments: RecipeArguments, task: str) -> None:
             raise RecipeError(f"--block_size is {arguments.block_size}; of images it is 1")
     elif arguments.block_size < 2:
         raise RecipeError(f"--block_size is {arguments.block_size}; it must be at least 2")
-    for name in (
-        "max_tokens",
-        "tokens_per_step",
-        "preprocessing_workers",
-        "max_prepared_tokens",
-        "validation_samples",
-        "stop_after",
-    ):
+    for lowest, names in ((1, AT_LEAST_ONE), (0, AT_LEAST_ZERO)):
+        for name in names:
+            value = getattr(arguments, name)
+            if value is not None and not lowest <= value < float("inf"):
+                raise RecipeError(f"--{name} is {value}; it must be at least {lowest} and finite")
+    if "max_steps" in given and arguments.max_steps < 1:
+        raise RecipeError(
+            f"--max_steps is {arguments.max_steps}; it must be at least 1, or leave it out and give --num_train_epochs"
+        )
+    if not 0 < arguments.num_train_epochs < float("inf"):
+        raise RecipeError(f"--num_train_epochs is {arguments.num_train_epochs}; it must be finite and above 0")
+    for name in ("seed", "data_seed"):
         value = getattr(arguments, name)
-        if value is not None and not 1 <= value < float("inf"):
-            raise RecipeError(f"--{name} is {value}; it must be at least 1")
-    if arguments.shuffle_buffer < 0:
-        raise RecipeError(f"--shuffle_buffer is {arguments.shuffle_buffer}; it must be at least 0")
+        if value is not None and not 0 <= value < 2**32:
+            raise RecipeError(f"--{name} is {value}; it must be in [0, 2**32)")
+    check_optim_args(arguments.optim, arguments.optim_args)
     check_schedule(arguments)
 
 
-def check_schedule(arguments: RecipeArguments) -> None:
+def check_optim_args(optim: str, optim_args: str | None) -> None:
+    """Refuse options that the optimizer does not have, or would not read.
+
+    Raises:
+        RecipeError: naming them.
+    """
+    name = str(getattr(optim, "value", optim))
+    if optim_args and name in WITHOUT_OPTIONS:
+        raise RecipeError(f"--optim_args {optim_args}: --optim {name} reads no options; leave the flag out")
+    if name in OPTIMIZER_NAMES:
+        try:
+            parse_options(name, split_optim_args(optim_args))
+        except ValueError as error:
+            raise RecipeError(f"--optim {name}: {error}") from error
+
+
+def check_schedule(arguments: argparse.Namespace) -> None:
     """Refuse a schedule that there is not, and values it does not use.
 
     Raises:

@@ -1,4 +1,7 @@
-"""The error that a recipe reports in one line, without a traceback."""
+"""The errors that a recipe reports in one line, without a traceback."""
+
+# What transformers, accelerate and torch raise for arguments that they refuse.
+REFUSALS = (ValueError, TypeError, ImportError, OSError, RuntimeError, NotImplementedError)
 
 
 class RecipeError(ValueError):

@@ -6,6 +6,7 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
+from block_attention import FULL_BLOCK, PADDED_BLOCK
 from document_tokens import tokenizer_fingerprint
 from model_flops import peak_flops
 from recipe_arguments import RecipeArguments
@@ -15,6 +16,7 @@ from step_plan import Plan
 from task import Task, TrainingData
 from transformers import PretrainedConfig, PreTrainedTokenizerBase, TrainingArguments
 
+from hf_matrix_optim.kernels.stack_plan import why_not
 from hf_matrix_optim.options import split_optim_args
 from hf_matrix_optim.partition import explain
 from hf_matrix_optim.registry import (
@@ -106,6 +108,10 @@ def explain_partition(task: Task, config: PretrainedConfig, training: TrainingAr
     try:
         options = parse_options(name, split_optim_args(training.optim_args))
         options = options_with_target_modules(options, training)
+        if options.kernels == "triton" or options.cuda_graph:
+            asked = "kernels=triton" if options.kernels == "triton" else "cuda_graph=true"
+            if reason := why_not(training.device):
+                raise ValueError(f"{asked} was asked for, but {reason}; or leave it out")
         create_optimizer(
             name,
             model,
@@ -130,7 +136,8 @@ def check_attention(task: Task, config: PretrainedConfig, attention: str | None)
         with torch.device("meta"):
             task.new_model(config, attention)
     except (ValueError, ImportError) as error:
-        raise RecipeError(f"--attention {attention}: {error}") from error
+        own = f"the recipes' own are {FULL_BLOCK} and {PADDED_BLOCK}"
+        raise RecipeError(f"--attention {attention}: {error}; {own}") from error
 
 
 def show_dry_run(run: Mapping[str, Any], partition: str, task: Task, config: PretrainedConfig) -> None:

@@ -6,6 +6,7 @@ import os
 import platform
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -115,6 +116,12 @@ def checkpoint_to_resume(folder: Path, resume: str | None) -> str | None:
     if resume.lower() not in ("true", "yes", "1", AUTO):
         if not is_whole(Path(resume)):
             raise RecipeError(f"--resume_from_checkpoint {resume}: no whole checkpoint of a run there")
+        run_folder = Path(resume).absolute().parent  # the folder of a finished run looks like a checkpoint
+        if read_run(run_folder) is None or not (run_folder / LOG_FILE).is_file():
+            raise RecipeError(
+                f"--resume_from_checkpoint {resume}: {run_folder} is not the folder of a run; name a checkpoint-N "
+                "inside the folder of its run, or give true for the last one of --output_dir"
+            )
         return resume
     checkpoint = last_whole_checkpoint(folder)
     if checkpoint is None and resume.lower() != AUTO:
@@ -125,14 +132,35 @@ def checkpoint_to_resume(folder: Path, resume: str | None) -> str | None:
     return checkpoint
 
 
+def is_checkpoint_of(folder: Path, checkpoint: str | None) -> bool:
+    """Tell whether a checkpoint lies in a folder, so that a run resumed from it goes on there."""
+    return checkpoint is not None and Path(checkpoint).resolve().parent == folder.resolve()
+
+
+def check_writable(folder: Path, flag: str = "--output_dir") -> None:
+    """Refuse a folder that files cannot be written to, or that cannot be made; makes nothing.
+
+    Raises:
+        RecipeError: naming the flag and the folder.
+    """
+    try:
+        if folder.exists() and not folder.is_dir():
+            raise RecipeError(f"{flag} {folder} is a file; give another folder")
+        with tempfile.TemporaryFile(
+            dir=next(place for place in (folder, *folder.absolute().parents) if place.exists())
+        ):
+            pass
+    except OSError as error:
+        raise RecipeError(f"{flag} {folder} cannot be written to: {error.strerror}; give another folder") from error
+
+
 def check_output_folder(folder: Path, *, resume: bool, overwrite: bool) -> None:
     """Refuse a folder that a new run would spoil; writes nothing.
 
     Raises:
         RecipeError: if the folder is a file, holds a run without ``resume`` or ``overwrite``, or holds other things.
     """
-    if folder.exists() and not folder.is_dir():
-        raise RecipeError(f"--output_dir {folder} is a file")
+    check_writable(folder)
     if not folder.is_dir() or all(file.name == PARTIAL_RUN_FILE for file in folder.iterdir()):
         return
     if resume and overwrite:
@@ -176,8 +204,8 @@ def check_same_run(earlier: Mapping[str, Any], identity: Mapping[str, Any]) -> N
     Raises:
         RecipeError: naming every difference.
     """
-    saved = json.loads(json.dumps(earlier["identity"], default=str))
-    wanted = json.loads(json.dumps(identity, default=str))
+    saved = with_inner_keys(json.loads(json.dumps(earlier["identity"], default=str)))
+    wanted = with_inner_keys(json.loads(json.dumps(identity, default=str)))
     differences = [
         f"{key} was {saved.get(key)!r} and is now {wanted.get(key)!r}"
         for key in sorted(saved.keys() | wanted.keys())
@@ -188,6 +216,14 @@ def check_same_run(earlier: Mapping[str, Any], identity: Mapping[str, Any]) -> N
             f"the run to resume was started differently: {'; '.join(differences)}. Resume it with its own settings, "
             "or start a new run in another --output_dir"
         )
+
+
+def with_inner_keys(identity: Mapping[str, Any]) -> dict[str, Any]:
+    """Put the values of inner dicts beside the others, as ``model.hidden_size``."""
+    flat: dict[str, Any] = {}
+    for key, value in identity.items():
+        flat |= {f"{key}.{inner}": of for inner, of in value.items()} if isinstance(value, dict) else {key: value}
+    return flat
 
 
 def weights_hash(model: nn.Module) -> str:

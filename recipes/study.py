@@ -17,6 +17,7 @@ import json
 import math
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Collection, Iterator, Sequence
@@ -24,8 +25,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from compare import numbers
+from recipe_arguments import check_command_line, nearest
 from recipe_error import RecipeError
-from run_folder import read_run
+from run_folder import RUN_FILE, check_writable, read_run
 from study_comparison import Sweep, compare
 from study_metrics import Group, load_run
 from study_report import REPORT_FILE, report, write_report
@@ -87,6 +89,22 @@ class Study:
     flags: Sequence[str]
     launcher: Sequence[str]
 
+    def command_line(self, contender: Contender, rate: float, seed: int, steps: int | None = None) -> list[str]:
+        """Return the recipe's flags for a run, without those of its place."""
+        argv = ["--preset", self.preset, "--optim", contender.name, "--learning_rate", repr(rate), "--seed", str(seed)]
+        argv += ["--optim_args", contender.optim_args] if contender.optim_args else []
+        return argv + ([*without(self.flags, LENGTH_FLAGS), "--max_steps", str(steps)] if steps else [*self.flags])
+
+    def check_runs(self) -> None:
+        """Check the command lines of all runs before the first is made.
+
+        Raises:
+            RecipeError: as the recipe would.
+        """
+        presets = importlib.import_module(self.recipe).PRESETS
+        for contender, seed in self.order():
+            check_command_line(self.recipe, presets, self.command_line(contender, self.rates[contender.label], seed))
+
     def run(self, contender: Contender, rate: float, seed: int, steps: int | None = None) -> Path:
         """Make a run, of another number of steps if it is given, unless it is finished; returns its folder.
 
@@ -99,11 +117,9 @@ class Study:
         if run is not None and "results" in run:
             print(f"[{name}] is finished", flush=True)
             return folder
-        command = [*self.launcher, str(RECIPES / f"{self.recipe}.py"), "--preset", self.preset]
-        command += ["--optim", contender.name, "--learning_rate", repr(rate), "--seed", str(seed)]
-        command += ["--optim_args", contender.optim_args] if contender.optim_args else []
+        command = [*self.launcher, str(RECIPES / f"{self.recipe}.py")]
         command += ["--output_dir", str(folder), "--run_name", name, "--resume_from_checkpoint", "auto"]
-        command += [*without(self.flags, LENGTH_FLAGS), "--max_steps", str(steps)] if steps else self.flags
+        command += self.command_line(contender, rate, seed, steps)
         print(f"[{name}] {shlex.join(command)}", flush=True)
         status = subprocess.run(command).returncode
         if status:
@@ -214,12 +230,28 @@ def check_flags(flags: Sequence[str]) -> None:
             raise RecipeError(f"{flag.partition('=')[0]} is set by the study (see --help)")
 
 
+def split_launcher(text: str) -> list[str]:
+    """Split the command that starts a recipe; none is this Python.
+
+    Raises:
+        RecipeError: if there is no such program.
+    """
+    try:
+        launcher = shlex.split(text) or [sys.executable]
+    except ValueError as error:
+        raise RecipeError(f"--launcher {text}: {error}") from error
+    if shutil.which(launcher[0]) is None:
+        raise RecipeError(f"--launcher {text}: there is no program {launcher[0]}; correct its name or give its path")
+    return launcher
+
+
 def claim_folder(study: Study) -> None:
     """Write what the study is into its folder, or check that it is the same.
 
     Raises:
         RecipeError: if the folder is another study's, or holds something else.
     """
+    check_writable(study.folder)
     file = study.folder / STUDY_FILE
     settings = {"recipe": study.recipe, "preset": study.preset, "flags": list(study.flags)}
     if file.exists():
@@ -227,13 +259,14 @@ def claim_folder(study: Study) -> None:
             saved = json.loads(file.read_text(encoding="utf-8"))
         except ValueError as error:
             raise RecipeError(f"{file} is not JSON: {error}") from error
-        if saved != settings:
+        if saved == settings:
+            return
+        if any(study.folder.glob(f"*/{RUN_FILE}")):  # else the first run was refused, and nothing was made
             raise RecipeError(
                 f"{study.folder} holds another study ({saved.get('recipe')}-{saved.get('preset')} "
                 f"{shlex.join(saved.get('flags', []))}): give its flags, or another --output_dir"
             )
-        return
-    if study.folder.exists() and (not study.folder.is_dir() or any(study.folder.iterdir())):
+    elif study.folder.exists() and any(study.folder.iterdir()):
         raise RecipeError(f"{study.folder} holds files that no study wrote: give another --output_dir")
     study.folder.mkdir(parents=True, exist_ok=True)
     partial = file.with_name(f".{file.name}")
@@ -283,8 +316,13 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, Study]:
         learning_rates(arguments.lr, contenders, default),
         arguments.output_dir or Path("out/study") / arguments.recipe,
         flags,
-        shlex.split(arguments.launcher) or [sys.executable],
+        split_launcher(arguments.launcher),
     )
+    study.check_runs()
+    labels = [contender.label for contender in contenders]
+    if arguments.baseline is not None and arguments.baseline not in labels:
+        near = nearest(arguments.baseline, labels)
+        raise RecipeError(f"--baseline {arguments.baseline}: --optim has {', '.join(labels)}{near}")
     return arguments, study
 
 

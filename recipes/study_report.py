@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from recipe_error import RecipeError
+from run_folder import check_writable
 from study_comparison import Comparison, Sweep
 from study_curves import draw_curves
 from study_metrics import (
@@ -196,6 +198,22 @@ def report(comparison: Comparison) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def check_report_folder(folder: Path) -> None:
+    """Refuse a folder whose files a report could replace, unless it holds an earlier one.
+
+    Raises:
+        RecipeError: naming it.
+    """
+    check_writable(folder)
+    try:
+        metrics = json.loads((folder / METRICS_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        metrics = None
+    is_own = isinstance(metrics, dict) and {"baseline", "rolling_mean", "optimizers"} <= metrics.keys()
+    if not is_own and folder.is_dir() and any(folder.iterdir()):
+        raise RecipeError(f"--output_dir {folder} holds files that no comparison wrote: give another folder")
+
+
 def write_report(comparison: Comparison, folder: Path) -> None:
     """Write the report, the picture and the metrics into a folder, each whole or not at all."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -216,7 +234,8 @@ def write_report(comparison: Comparison, folder: Path) -> None:
         "tuned": comparison.optimizers_are_tuned,
         "differences": list(comparison.differences),
     }
-    contents = {REPORT_FILE: report(comparison), METRICS_FILE: json.dumps(metrics, indent=2, allow_nan=False) + "\n"}
+    # the metrics first: by them `check_report_folder` knows its own
+    contents = {METRICS_FILE: json.dumps(metrics, indent=2, allow_nan=False) + "\n", REPORT_FILE: report(comparison)}
     for name, text in contents.items():
         partial = folder / f".{name}"
         partial.write_text(text, encoding="utf-8")

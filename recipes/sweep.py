@@ -14,9 +14,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from compare import numbers
 from demo import MODELS, OPTIMIZERS, DemoModel, run_one
+from recipe_arguments import nearest
 from recipe_error import RecipeError
-from run_folder import commit, read_run
+from run_folder import check_writable, commit, read_run
 
 
 def finished_run(model: DemoModel, folder: Path) -> dict[str, Any] | None:
@@ -74,24 +76,43 @@ Python {versions["python"]}, torch {versions["torch"]}, transformers {versions["
 """
 
 
-def main() -> int:
+def check(arguments: argparse.Namespace) -> tuple[list[str], list[str], list[float] | None]:
+    """Check a command line before the first run; returns the recipes, the optimizers and the rates, if given.
+
+    Raises:
+        RecipeError: naming the flag and the value.
+    """
+    recipes, optimizers = arguments.model.split(","), arguments.optim.split(",")
+    known_recipes = [model.recipe for model in MODELS]
+    for flag, names, known in (("--model", recipes, known_recipes), ("--optim", optimizers, list(OPTIMIZERS))):
+        for name in names:
+            if name not in known:
+                raise RecipeError(f"{flag} {name}: it is of {', '.join(known)}{nearest(name, known)}")
+    rates = numbers(arguments.learning_rate, "--learning_rate")
+    check_writable(arguments.output_dir)
+    if arguments.table is not None:
+        if arguments.table.is_dir():
+            raise RecipeError(f"--table {arguments.table} is a folder; name a file in it")
+        check_writable(arguments.table.parent, "--table in")
+    return recipes, optimizers, rates
+
+
+def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=",".join(model.recipe for model in MODELS))
     parser.add_argument("--optim", default=",".join(OPTIMIZERS))
     parser.add_argument("--learning_rate", help="comma-separated; default: the grid of each optimizer")
     parser.add_argument("--output_dir", type=Path, default=Path("out/sweep"))
     parser.add_argument("--table", type=Path, help="Markdown file to write; printed in any case")
-    arguments = parser.parse_args()
-    recipes = arguments.model.split(",")
+    arguments = parser.parse_args(argv)
     sweeps: dict[DemoModel, list[dict[str, Any]]] = {}
     try:
+        recipes, optimizers, rates = check(arguments)
         for model in MODELS:
             folder = arguments.output_dir / model.recipe
-            for optim in arguments.optim.split(",") if model.recipe in recipes else ():
+            for optim in optimizers if model.recipe in recipes else ():
                 grid = model.adamw_grid if optim.startswith("adamw") else model.matrix_grid
-                if arguments.learning_rate is not None:
-                    grid = tuple(map(float, arguments.learning_rate.split(",")))
-                for rate in grid:
+                for rate in rates or grid:
                     if finished_run(model, folder / f"{optim}-{rate:g}") is None:
                         flags = ["--eval_steps", str(model.steps), "--logging_steps", "20"]
                         run_one(model, optim, rate, folder / f"{optim}-{rate:g}", flags)
@@ -100,13 +121,8 @@ def main() -> int:
                 order = list(OPTIMIZERS)
                 runs.sort(key=lambda run: order.index(run["identity"]["optim"]))
                 sweeps[model] = runs
-    except (RecipeError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    if not sweeps:
-        print(
-            f"error: --model {arguments.model}: it is of {', '.join(each.recipe for each in MODELS)}", file=sys.stderr
-        )
+    except RecipeError as error:
+        print("error:", *str(error).split(), file=sys.stderr)  # on one line
         return 2
     page = sweep_page(sweeps, datetime.date.today())
     print(page)

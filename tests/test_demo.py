@@ -5,6 +5,9 @@ import math
 from pathlib import Path
 from typing import Any
 
+import demo
+import pytest
+import sweep
 from demo import MODELS, OPTIMIZERS, Curves, draw_curves, read_curves, results_page, results_table, steps_to_reach
 from run_log import RunLog
 from sweep import sweep_page, sweep_table
@@ -61,6 +64,38 @@ def test_demo_tables_and_picture(tmp_path: Path) -> None:
     page = results_page({QWEN2_5: runs, ESM2: runs}, 12.0)
     assert page.index("## Qwen2.5") < page.index("## ESM-2")
     assert page.count("| MUD | 0.002 |") == 2
+
+
+@pytest.mark.parametrize("flags", [["--output_dir", "{folder}"], ["--output_dir", "/proc/nothing"]])
+def test_demo_leaves_files_of_others_alone(tmp_path: Path, capsys: Any, flags: list[str]) -> None:
+    (tmp_path / "results.md").write_text("mine")
+    assert demo.main([flag.format(folder=tmp_path) for flag in flags]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: --output_dir ")
+    assert "give another folder" in error
+    assert [file.read_text() for file in tmp_path.iterdir()] == ["mine"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--model", "qwen2_5,esm"], "--model esm: it is of qwen2_5, esm2; did you mean esm2?"),
+        (["--optim", "muon,mudd"], "--optim mudd: it is of"),
+        (["--learning_rate", "1e-3,fast"], "--learning_rate 1e-3,fast: 'fast' is no number"),
+        (["--learning_rate", "-1"], "--learning_rate -1: -1 must be above 0"),
+        (["--table", "{folder}"], "is a folder; name a file in it"),
+        (["--table", "{folder}/notes.txt/table.md"], "notes.txt is a file"),
+        (["--output_dir", "/proc/nothing"], "--output_dir /proc/nothing cannot be written to"),
+    ],
+)
+def test_sweep_refuses_before_its_first_run(tmp_path: Path, capsys: Any, flags: list[str], message: str) -> None:
+    (tmp_path / "notes.txt").touch()
+    argv = ["--output_dir", str(tmp_path / "out"), *(flag.format(folder=tmp_path) for flag in flags)]
+    assert sweep.main(argv) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: ")
+    assert message in error
+    assert [file.name for file in tmp_path.iterdir()] == ["notes.txt"]
 
 
 def test_sweep_table_marks_the_best_and_whether_it_is_bracketed() -> None:

@@ -193,8 +193,8 @@ def test_auto_starts_goes_on_and_leaves_a_finished_run_alone(
     ("change", "message"),
     [
         (("--learning_rate", "1e-5"), "learning_rate was 0.004 and is now 1e-05"),
-        (("--schedule", "warmup_stable"), "schedule was"),
-        (("--max_steps", "4"), "schedule was"),
+        (("--schedule", "warmup_stable"), "schedule.lr_scheduler_type was 'cosine"),
+        (("--max_steps", "4"), "started differently: schedule.steps was 3 and is now 4. Resume"),
         (("--tokens_per_step", "256"), "tokens_per_step was 128 and is now 256"),
         (("--block_size", "64"), "block_size was 32 and is now 64"),
         (("--optim", "muon"), "optim was 'adamw_torch' and is now 'muon'"),

@@ -19,8 +19,8 @@ from recipe_arguments import parse_arguments
 from recipe_error import RecipeError
 from run_folder import clear_run, is_finished, read_run
 from safetensors.torch import load_file
-from tiny_recipe import ALICE, RECIPES, ROOT, TOKENIZER, contents, flags, losses, run, without
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from tiny_recipe import ALICE, RECIPES, ROOT, TOKENIZER, assert_same_weights, contents, flags, losses, run, without
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 
 @pytest.fixture(scope="module")
@@ -54,9 +54,32 @@ def tokenizer() -> Any:
         (["--tokens_per_step", "100"], "no multiple of 1 devices x a block of 32 tokens"),
         (["--per_device_train_batch_size", "3"], "no multiple of --per_device_train_batch_size 3"),
         (["--tokenizer", "{bad}"], "cannot be loaded"),
+        (["--tokenizer", "{bad}/nothing"], "nothing: no such folder"),
         (["--train_sampling_strategy", "group_by_length"], "the order is fixed here"),
         (["--optim", "mud", "--optim_args", "pases=2"], "--optim mud:"),
-        (["--optim", "muon", "--learning_rate", "-1"], "--optim muon:"),
+        (["--optim", "muon", "--learning_rate", "-1"], "--learning_rate is -1.0; it must be at least 0"),
+        (["--optim", "muonn"], "--optim: invalid choice: 'muonn'; did you mean muon?"),
+        (["--optim", "adamw_torch", "--optim_args", "passes=2"], "--optim adamw_torch reads no options; leave"),
+        (["--optim", "mud", "--optim_args", "kernels=triton"], "kernels=triton was asked for, but the parameters are"),
+        (["--optim", "mud", "--optim_args", "cuda_graph=true"], "cuda_graph=true was asked for, but the parameters"),
+        (["--max_steps", "0"], "--max_steps is 0; it must be at least 1"),
+        (["--max_steps", "-1"], "--max_steps is -1; it must be at least 1"),
+        (["--num_train_epochs", "0"], "give only one of --max_steps, --num_train_epochs"),
+        (["--per_device_train_batch_size", "-8"], "--per_device_train_batch_size is -8; it must be at least 1"),
+        (["--per_device_eval_batch_size", "0"], "--per_device_eval_batch_size is 0"),
+        (["--weight_decay", "-1"], "--weight_decay is -1.0"),
+        (["--learning_rate", "nan"], "--learning_rate is nan"),
+        (["--seed", "-1"], "--seed is -1; it must be in [0, 2**32)"),
+        (["--dataloader_num_workers", "-1"], "--dataloader_num_workers is -1"),
+        (["--report_to", "wandbb"], "wandbb"),
+        (["--logging_steps", "0"], "logging"),
+        (["--warmup_steps", "-5"], "warmup_steps"),
+        (["--deepspeed", "{bad}/nope.json"], "deepspeed"),
+        (["--load_best_model_at_end", "true", "--save_steps", "3", "--eval_steps", "2", "--save_strategy", "steps",
+          "--eval_strategy", "steps"], "load_best_model_at_end"),
+        (["--optim", "adamw_bnb_8bit"], "bitsandbytes"),
+        (["--adam_beta1", "2", "--optim", "adamw_torch"], "Invalid beta parameter"),
+        (["--output_dir", "/proc/nothing/out"], "--output_dir /proc/nothing/out cannot be written to"),
         (["--optim", "adamuon", "--optim_args", "exclude=.*"], "--optim adamuon: nothing to orthogonalise"),
         (["--resume_from_checkpoint", "true"], "holds no whole checkpoint"),
         (["--resume_from_checkpoint", "{bad}"], "no whole checkpoint of a run there"),
@@ -67,7 +90,7 @@ def tokenizer() -> Any:
         (["--schedule", "warmup_stable", "--decay", "2", "--warmup_steps", "2"], "do not fit in 3 steps"),
         (["--floor", "1"], "--floor is 1.0; it must be in [0, 1)"),
         (["--stop_after", "0"], "--stop_after is 0; it must be at least 1"),
-        (["--attention", "flash"], "--attention flash"),
+        (["--attention", "flash"], "the recipes' own are full_block and padded_block"),
         (["--label_smoothing_factor", "0.1"], "a language model is trained here without"),
         (["--streaming", "--dataloader_num_workers", "2"], "a stream keeps its place in the main process"),
     ],
@@ -104,6 +127,8 @@ def test_a_data_set_that_cannot_be_loaded_is_refused(text: Path, cache: str, tmp
     argv = flags(text, cache, tmp_path / "out", "--dataset_name", str(tmp_path / "empty"))
     assert run(without(argv, "--train_data")) == 2
     assert "empty cannot be loaded" in capsys.readouterr().err
+    assert run(flags(text, cache, tmp_path / "out", "--dataset_name", "digit", family="cifar10"), "cifar10") == 2
+    assert "did you mean digits?" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -144,6 +169,69 @@ def test_another_run_is_left_alone_unless_told(text: Path, cache: str, tmp_path:
     assert json.loads((output / "run.json").read_text())["identity"]["seed"] == 1
     assert not (output / "checkpoint-1").exists()
     assert (output / "notes.txt").read_text() == "mine"
+
+
+@pytest.fixture(scope="module")
+def two_runs(text: Path, cache: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with two finished runs, ``one`` and ``two``."""
+    folder = tmp_path_factory.mktemp("runs")
+    for name, seed in (("one", "0"), ("two", "1")):
+        argv = flags(text, cache, folder / name, "--optim", "adamw_torch", "--seed", seed, "--save_steps", "2")
+        assert run([*argv, "--save_strategy", "steps"]) == 0
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--overwrite_output_dir", "--optim", "adamw_bnb_8bit"], "bitsandbytes"),
+        (["--overwrite_output_dir", "--adam_beta1", "2"], "Invalid beta parameter"),
+        (["--overwrite_output_dir", "--dataloader_prefetch_factor", "2"], "prefetch_factor"),
+        (["--overwrite_output_dir", "--report_to", "wandbb"], "wandbb"),
+        (["--overwrite_output_dir", "--learning_rate", "-1"], "--learning_rate is -1.0"),
+        (["--resume_from_checkpoint", "{runs}/one"], "name a checkpoint-N inside the folder of its run"),
+        (["--resume_from_checkpoint", "{runs}/two/checkpoint-2", "--seed", "1"], "one holds another run"),
+        (["--resume_from_checkpoint", "{runs}/one/checkpoint-2", "--adam_beta1", "2"], "started differently"),
+    ],
+)
+def test_a_refusal_leaves_the_old_run_as_it_was(
+    text: Path, cache: str, two_runs: Path, capsys: Any, more: list[str], message: str
+) -> None:
+    before = contents(two_runs)
+    more = [part.format(runs=two_runs) for part in more]
+    more += [] if "--optim" in more else ["--optim", "adamw_torch"]
+    assert run(flags(text, cache, two_runs / "one", *more)) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: ")
+    assert message in error
+    assert contents(two_runs) == before
+
+
+def test_a_checkpoint_of_another_folder_goes_on_in_a_new_one(text: Path, cache: str, two_runs: Path) -> None:
+    """It goes on bit for bit, and in the place of another run only if told so."""
+    before = contents(two_runs / "one")
+    checkpoint = str(two_runs / "one" / "checkpoint-2")
+    new = two_runs.parent / "new"
+    argv = ["--optim", "adamw_torch", "--seed", "0", "--resume_from_checkpoint", checkpoint]
+    assert run(flags(text, cache, new, *argv)) == 0
+    assert losses(new) == losses(two_runs / "one")
+    assert_same_weights(two_runs / "one", new)
+    shutil.copytree(two_runs / "two", two_runs.parent / "two")
+    assert run(flags(text, cache, two_runs.parent / "two", *argv, "--overwrite_output_dir")) == 0
+    assert losses(two_runs.parent / "two") == losses(two_runs / "one")
+    assert contents(two_runs / "one") == before
+
+
+def test_an_interrupted_run_says_how_to_go_on(
+    text: Path, cache: str, tmp_path: Path, capsys: Any, monkeypatch: Any
+) -> None:
+    class Interruption(TrainerCallback):
+        def on_step_begin(self, *_: Any, **__: Any) -> None:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(pretrain, "RunFlow", lambda stop_after: Interruption())
+    assert run(flags(text, cache, tmp_path / "out")) == 130
+    assert capsys.readouterr().err.splitlines()[-1].startswith("stopped; --resume_from_checkpoint auto goes on")
 
 
 def test_overwrite_does_not_reach_folders_of_others(text: Path, cache: str, tmp_path: Path, capsys: Any) -> None:
@@ -255,7 +343,7 @@ def test_dry_run_of_a_large_preset_needs_no_network(tmp_path: Path, capsys: Any,
     shown = capsys.readouterr()
     assert "123,606,528 parameters; 1,000 steps of 491,520 tokens = 491,520,000 tokens" in shown.out
     assert "8.55e+08 FLOPs for one of the tokens, 4.2e+17 in all: 0.295 hours of one H100 at 40%" in shown.out
-    assert "nothing cannot be loaded" in shown.err
+    assert "nothing: no such folder" in shown.err
     assert run([*argv[:-1], "--output_dir", str(tmp_path / "out")], "gpt2") == 2
     assert not (tmp_path / "out").exists()
 

@@ -272,6 +272,23 @@ def test_prepared_folders_are_read_as_they_are(tmp_path: Path, tokenizer: Any, c
         prepared(tmp_path / "made", tokenizer)
 
 
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--max_tokens", "0"], "--max_tokens is 0.0; it must be at least 1"),
+        (["--max_tokens", "inf"], "--max_tokens is inf; it must be at least 1 and finite"),
+        (["--workers", "0"], "--workers is 0; it must be at least 1"),
+        (["--kind", "proteins"], "--tokenizer: proteins are read with ESM-2's own vocabulary"),
+    ],
+)
+def test_prepare_refuses_values_out_of_range(tmp_path: Path, capsys: Any, more: list[str], message: str) -> None:
+    write_rows(tmp_path / "rows.jsonl", ROWS)
+    argv = ["--train_data", str(tmp_path / "rows.jsonl"), "--output_dir", str(tmp_path / "made")]
+    assert prepare.main([*argv, "--tokenizer", str(TOKENIZER), *more]) == 2
+    assert capsys.readouterr().err.startswith(f"error: {message}")
+    assert not (tmp_path / "made").exists()
+
+
 def test_token_files_of_others_are_read(tmp_path: Path, tokenizer: Any) -> None:
     """nanoGPT's have no header, llm.c's (and modded-nanogpt's) have one of 256 int32."""
     tokens = np.array(stream_of(ROWS, tokenizer), dtype=np.uint16)

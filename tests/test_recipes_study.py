@@ -243,6 +243,8 @@ def test_compare_writes_the_report_the_picture_and_the_metrics(tmp_path: Path, c
         (["{folder}/run", "--targets", "3,x"], "--targets 3,x: 'x' is no number"),
         (["{folder}/run", "--targets", "-3"], "--targets -3: -3 must be above 0"),
         (["{folder}/run", "--output_dir", "{folder}/run/run.json"], "run.json is a file"),
+        (["{folder}/run", "--output_dir", "{folder}/run"], "run holds files that no comparison wrote"),
+        (["{folder}/run", "--output_dir", "/proc/nothing"], "--output_dir /proc/nothing cannot be written to"),
     ],
 )
 def test_compare_refuses_what_is_no_run(tmp_path: Path, capsys: Any, more: list[str], message: str) -> None:
@@ -294,14 +296,18 @@ TOY = '''
 """A recipe whose loss is a formula: best at a learning rate of its own for each optimizer."""
 import argparse, json, math, os, sys
 from pathlib import Path
-from types import SimpleNamespace
 
-PRESETS = {"small": SimpleNamespace(defaults={"learning_rate": 1e-3})}
+def small():
+    from recipe_arguments import Preset
+    from transformers import GPT2Config
+    return Preset(GPT2Config, {}, {"learning_rate": 1e-3, "train_data": ["toy.txt"], "tokenizer": "toy"})
+
+PRESETS = {} if __name__ == "__main__" else {"small": small()}
 BEST = {"adamw_torch_fused": 1e-3, "muon": 8e-3, "mud": 1e-3}
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(allow_abbrev=False)
-    names = "preset optim optim_args output_dir run_name resume_from_checkpoint report_to fail"
+    names = "preset optim optim_args output_dir run_name resume_from_checkpoint report_to"
     for name in names.split():
         parser.add_argument("--" + name)
     parser.add_argument("--learning_rate", type=float)
@@ -321,7 +327,7 @@ if __name__ == "__main__":
         "plan": {"steps": a.max_steps, "tokens_per_step": 10}, "versions": {}, "hardware": {"cpu": "cpu"},
     }
     (folder / "run.json").write_text(json.dumps(run))
-    if a.fail == a.optim and not (folder.parent / "healed").exists():
+    if os.environ.get("TOY_FAILS") == a.optim:
         sys.exit(1)
     off = abs(math.log2(a.learning_rate / BEST[a.optim]))
     with open(folder / "log.jsonl", "w") as log:
@@ -363,14 +369,14 @@ def test_a_study_makes_its_runs_alternating_and_only_once(toy: Path, capsys: Any
     assert len(started(toy)) == 6
     assert {"report.md", "curves.png", "metrics.json", "mud-lr0.002-seed2"} <= {file.name for file in toy.iterdir()}
     # one more optimizer, with options of its own, joins the same study
-    argv[3] += ",mud:passes=2+eps=1e-9"
+    argv[3] += ",mud:passes=2+momentum=0.9"
     assert study.main(argv) == 0
     assert len(started(toy)) == 9
     metrics = json.loads((toy / "metrics.json").read_text())
     assert [group["label"] for group in metrics["optimizers"]] == [
         "adamw_torch_fused",
         "mud",
-        "mud (passes=2,eps=1e-9)",
+        "mud (passes=2,momentum=0.9)",
     ]
     assert not metrics["tuned"]
     capsys.readouterr()
@@ -413,14 +419,15 @@ def test_learning_rates_that_all_diverge_are_an_error(toy: Path, capsys: Any) ->
     assert "error: mud: all of the learning rates 1.0, 0.5, 2.0 diverged" in capsys.readouterr().err
 
 
-def test_a_failed_run_is_named_and_made_again(toy: Path, capsys: Any) -> None:
-    argv = ["--recipe", "toy-small", "--optim", "muon,adamw_torch_fused", "--output_dir", str(toy), "--fail", "muon"]
+def test_a_failed_run_is_named_and_made_again(toy: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    argv = ["--recipe", "toy-small", "--optim", "muon,adamw_torch_fused", "--output_dir", str(toy)]
+    monkeypatch.setenv("TOY_FAILS", "muon")
     assert study.main(argv) == 1
     assert "toy-small-muon-lr0.001-seed0 ended with exit status 1" in capsys.readouterr().err.splitlines()[-1]
     assert [group["label"] for group in json.loads((toy / "metrics.json").read_text())["optimizers"]] == [
         "adamw_torch_fused"
     ]
-    (toy / "healed").touch()
+    monkeypatch.delenv("TOY_FAILS")
     assert study.main(argv) == 0
     assert [row[0] for row in started(toy)] == ["muon", "adamw_torch_fused", "muon"]
 
@@ -440,7 +447,16 @@ def test_a_failed_run_is_named_and_made_again(toy: Path, capsys: Any) -> None:
         (["--targets", "x"], "--targets x: 'x' is no number"),
         (["--sweep_steps", "0"], "--sweep_steps is 0"),
         (["--output_dir", "{folder}/mine"], "holds files that no study wrote"),
-        (["--max_stepz", "3"], "toy-small-mud-lr0.001-seed0 was refused"),
+        (["--max_stepz", "3"], "unknown argument --max_stepz; did you mean --max_steps?"),
+        (["--optim", "adamw_torch_fused,mudd"], "--optim: invalid choice: 'mudd'; did you mean mud?"),
+        (["--optim", "adamw_torch_fused,mud:pases=2"], "--optim mud: "),
+        (["--optim", "adamw_torch_fused:passes=2"], "--optim adamw_torch_fused reads no options"),
+        (["--baseline", "mudd"], "--baseline mudd: --optim has mud; did you mean mud?"),
+        (["--max_steps", "0"], "--max_steps is 0"),
+        (["--seeds", "0,-1"], "--seed is -1"),
+        (["--launcher", "torchrunn --nproc_per_node 2"], "there is no program torchrunn"),
+        (["--launcher", "'torchrun"], "No closing quotation"),
+        (["--output_dir", "/proc/nothing"], "--output_dir /proc/nothing cannot be written to"),
     ],
 )
 def test_a_study_that_cannot_be_made_is_one_error(
@@ -450,8 +466,20 @@ def test_a_study_that_cannot_be_made_is_one_error(
     (tmp_path / "mine" / "notes.txt").touch()
     argv = ["--recipe", "toy-small", "--optim", "mud", "--output_dir", str(toy)]
     assert study.main([*argv, *(part.format(folder=tmp_path) for part in more)]) in (1, 2)
-    assert message in capsys.readouterr().err
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: ")
+    assert message in error
     assert [file.name for file in (tmp_path / "mine").iterdir()] == ["notes.txt"]
+    assert not toy.exists()
+
+
+def test_a_study_whose_first_run_was_refused_can_be_corrected(toy: Path, capsys: Any) -> None:
+    argv = ["--recipe", "toy-small", "--optim", "mud", "--output_dir", str(toy)]
+    assert study.main([*argv, "--warmup_steps", "5"]) == 1  # the toy does not know it, Trainer does
+    assert "was refused" in capsys.readouterr().err
+    assert study.main(argv) == 0
+    assert study.main([*argv, "--max_steps", "50"]) == 2
+    assert "holds another study (toy-small )" in capsys.readouterr().err
 
 
 def test_a_study_of_a_real_recipe_measures_everything(tmp_path: Path) -> None:
