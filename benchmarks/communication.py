@@ -40,7 +40,7 @@ from optimizer_step import load_config, meta_groups, qwen2_5
 from step_floor import step_bytes, step_flops
 from transformers import LlamaConfig, PretrainedConfig
 
-from hf_matrix_optim.distributed_step import BYTES_AN_ELEMENT
+from hf_matrix_optim.distributed_step import KERNEL_BYTES
 from hf_matrix_optim.matrix_layout import MatrixLayout
 from hf_matrix_optim.sharding.plan import ROUND_ELEMENTS, MatrixJob, Round, rounds_of
 from hf_matrix_optim.sharding.shard_layout import Ranks, ShardLayout, pieces_of
@@ -118,14 +118,16 @@ class Curve:
 
 @dataclass(frozen=True)
 class Inputs:
-    """What the model rests on beside the plan; ``sources`` says where each value comes from."""
+    """What the model rests on beside the plan; ``sources`` says where each value comes from.
+
+    ``wire_bytes`` are those of an element to its owner and back, of each rule.
+    """
 
     all_to_all: Curve
     all_gather: Curve
     network_bytes_per_second: float
     gpus_per_node: int
-    into: float
-    out: float
+    wire_bytes: dict[str, tuple[int, int]]
     flops_per_second: dict[str, float]
     sources: dict[str, str]
 
@@ -152,14 +154,13 @@ ASSUMED = Inputs(
     all_gather=Curve.of_rate(350e9),
     network_bytes_per_second=50e9,
     gpus_per_node=8,
-    into=2,
-    out=2,
+    wire_bytes={"muon": (2, 2), "adamuon": (1, 2), "mud": (2, 2)},
     flops_per_second={"muon": 387e12, "adamuon": 402e12, "mud": 379e12},
     sources={
         "links in a node": "assumed: 350 GB/s a GPU, of the 450 GB/s a direction that NVIDIA states for H100's NVLink",
         "network": "assumed: 50 GB/s a GPU, one 400 Gb/s InfiniBand adapter (NDR) a GPU, as in NVIDIA's DGX H100",
         "GPUs of a node": "assumed: 8",
-        "bytes on the wire": "assumed: 2 an element to the owner and 2 back (float16)",
+        "bytes on the wire": "as the GPU kernels send: 2 an element to the owner (AdaMuon: 1) and 2 back",
         "rate of the map": "assumed: that of the kernels in one process on one H100 (README.md, Qwen2.5-1.5B, "
         "2026-11-22: median less bytes at copy speed), 387 (muon), 402 (adamuon), 379 (mud) TFLOP/s",
     },
@@ -271,10 +272,10 @@ class Plan:
         return messages
 
     def buffer_bytes(self, into: float, out: float) -> float:
-        """Of the messages under way on the busiest rank: four rounds in a row, each a stage further.
+        """Of the messages under way on the busiest rank: five rounds in a row, each a stage further.
 
-        Lookaheads of all matrices that set out, and those that arrive; directions that set out, and those that arrive;
-        what the replicas send one another; directions of all matrices.
+        Lookaheads of all matrices; the same setting out, and those that arrive; directions that set out, and those
+        that arrive; what the replicas send one another; directions of all matrices.
         """
         stages = []
         for each in self.rounds:
@@ -282,19 +283,19 @@ class Plan:
             every = sum(map(sum, each.counts)) * elements / self.shards
             owned = max(map(max, each.counts)) * elements
             longest = max(map(sum, each.counts)) * elements / self.shards
-            to_owner = every * into + (owned * into if self.shards > 1 else 0)
+            to_owner = (every + owned) * into if self.shards > 1 else every * into
             back = owned * out + (longest * out if self.shards > 1 else 0)
             between = (self.replicas + 1) * longest * out if self.replicas > 1 else longest * out
-            stages.append((to_owner, back, between, every * out))
+            stages.append((every * into, to_owner, back, between, every * out))
         return max(
-            sum(stages[i - late][late] for late in range(4) if 0 <= i - late < len(stages))
-            for i in range(len(stages) + 3)
+            sum(stages[i - late][late] for late in range(5) if 0 <= i - late < len(stages))
+            for i in range(len(stages) + 4)
         )
 
 
-def plan_of(groups: Groups, shards: int, replicas: int, max_workspace_bytes: int = WORKSPACE_BYTES) -> Plan:
-    """The package's plan for matrices that are cut along their first axis (``shards`` > 1)."""
-    most = max(1, min(ROUND_ELEMENTS, max_workspace_bytes // BYTES_AN_ELEMENT))
+def plan_of(groups: Groups, shards: int, replicas: int) -> Plan:
+    """The package's plan on GPUs for matrices that are cut along their first axis (``shards`` > 1)."""
+    most = max(1, min(ROUND_ELEMENTS, WORKSPACE_BYTES // (KERNEL_BYTES * replicas)))
     rounds: list[Round] = []
     elements = 0
     for group in groups:
@@ -364,7 +365,8 @@ def cost_of(groups: Groups, rule: str, scheme: Scheme, gpus: int, inputs: Inputs
         link = sum(inputs.seconds(collective, sent, shards) for collective, sent in messages)
         total = share * plan.elements
         return Cost(seconds, link, total, total, state_bytes, gathered * largest if shards > 1 else 0.0)
-    messages = plan.busiest_messages(inputs.into, inputs.out)
+    wire = inputs.wire_bytes[rule]
+    messages = plan.busiest_messages(*wire)
     return Cost(
         seconds * plan.largest_share(rule),
         sum(
@@ -373,10 +375,10 @@ def cost_of(groups: Groups, rule: str, scheme: Scheme, gpus: int, inputs: Inputs
             else inputs.seconds(collective, sent, replicas, in_one_node=shards == 1)
             for collective, sent in messages
         ),
-        plan.mean_bytes(inputs.into, inputs.out),
+        plan.mean_bytes(*wire),
         sum(sent for _, sent in messages),
         state_bytes,
-        plan.buffer_bytes(inputs.into, inputs.out),
+        plan.buffer_bytes(*wire),
     )
 
 
@@ -445,7 +447,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--measured", type=Path, help="file of distributed_step.py --json, for links and rates")
     add("--network_gb_per_second", type=float, help="GB/s a GPU between nodes. Default: 50, assumed")
     add("--gpus_per_node", type=int, help="GPUs with fast links between them. Default: 8, assumed")
-    add("--wire_bytes", help="bytes an element to the owner and back, as 4,2. Default: 2,2, assumed")
+    add("--wire_bytes", help="bytes an element to the owner and back, as 4,2. Default: 2,2 (AdaMuon: 1,2)")
     args = parser.parse_args(argv)
     args.optimizers = names_of(parser, "--optimizers", args.optimizers, RULES)
     args.schemes = names_of(parser, "--schemes", args.schemes, list(SCHEMES))
@@ -487,7 +489,7 @@ def _inputs(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Inputs
         if len(sizes) != 2:
             parser.error(f"--wire_bytes {args.wire_bytes}: give two numbers, as 4,2")
         sources["bytes on the wire"] = f"given: {sizes[0]} an element to the owner and {sizes[1]} back"
-        inputs = replace(inputs, into=sizes[0], out=sizes[1])
+        inputs = replace(inputs, wire_bytes=dict.fromkeys(RULES, (sizes[0], sizes[1])))
     return replace(inputs, sources=sources)
 
 
