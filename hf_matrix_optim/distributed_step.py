@@ -22,8 +22,8 @@ from hf_matrix_optim.matrix_layout import MatrixLayout
 from hf_matrix_optim.plain_round import PlainRound
 from hf_matrix_optim.plain_step import Group, Rule
 from hf_matrix_optim.sharding.exchange import Exchange
-from hf_matrix_optim.sharding.guard import are_equal, check_same, ranks_of_ddp
-from hf_matrix_optim.sharding.plan import ROUND_ELEMENTS, MatrixJob, Round, rounds_of
+from hf_matrix_optim.sharding.guard import are_equal, check_same, is_in_one_host, ranks_of_ddp
+from hf_matrix_optim.sharding.plan import ROUND_ELEMENTS, MatrixJob, Round, rounds_of, sharing_pays
 from hf_matrix_optim.sharding.round_step import RoundStep, RoundTask, run_rounds
 from hf_matrix_optim.sharding.shard_layout import (
     ALONE,
@@ -249,9 +249,12 @@ def plan_group(
                     "all matrices by itself"
                 )
                 plain = [(i, other) for i, other in plain if other != ranks]
-        members += [
-            Member(i, params[i], ShardLayout(tuple(params[i].shape), None, ALONE, ranks)) for i, ranks in plain
-        ]
+        for i, ranks in plain:
+            whole = ShardLayout(tuple(params[i].shape), None, ALONE, ranks)
+            needed = sum(operations(*piece.fans) for piece in pieces_of(layout, whole))
+            in_one_host = is_in_one_host(ranks)
+            if params[i].device.type == "cpu" or sharing_pays(needed, params[i].numel(), in_one_host=in_one_host):
+                members.append(Member(i, params[i], whole))
     for i, p in enumerate(params):
         if not is_sharded(p):
             continue

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from hf_matrix_optim import distributed_step
 from hf_matrix_optim.matrix_layout import MatrixLayout, split_parts, to_matrices
 from hf_matrix_optim.sharding.exchange import Exchange
 from hf_matrix_optim.sharding.plan import MatrixJob, owners_of, rounds_of, sharing_pays
@@ -93,3 +94,24 @@ def test_sharing_pays_where_the_map_costs_more_than_the_message():
     assert sharing_pays(2.01 * 8 * 4e14 / 2.25e11 * elements, 8 * elements, in_one_host=True) is True
     assert sharing_pays(1.99 * 8 * 4e14 / 2.25e11 * elements, 8 * elements, in_one_host=True) is False
     assert sharing_pays(2.01 * 8 * 4e14 / 2.25e11 * elements, 8 * elements, in_one_host=False) is False
+
+
+def test_ddp_on_gpus_shares_what_pays(monkeypatch):
+    """On GPUs a matrix is shared by what mapping it costs; on CPUs always."""
+    params = [torch.nn.Parameter(torch.zeros(shape, device="meta")) for shape in ((256, 256), (2048, 2048))]
+    group = {"params": params, "algorithm": "mud", "max_workspace_bytes": 2**30}
+    monkeypatch.setattr(distributed_step, "ranks_of_ddp", lambda params: [ranks(2)] * len(params))
+    monkeypatch.setattr(distributed_step, "are_equal", lambda *_: True)
+    monkeypatch.setattr(distributed_step, "check_same", lambda *_: None)
+    shared = {}
+    for cost in (1.0, 1e6, 1e12):
+        plan = distributed_step.plan_group(
+            group,
+            MatrixLayout(),
+            [torch.float32] * 2,
+            may_be_ddp=True,
+            by_kernels=False,
+            operations=lambda fan_out, fan_in, cost=cost: cost * fan_out,
+        )
+        shared[cost] = [] if plan is None else sorted(plan.members)
+    assert shared == {1.0: [], 1e6: [0], 1e12: [0, 1]}
