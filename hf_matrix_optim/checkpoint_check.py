@@ -3,12 +3,16 @@
 import logging
 from typing import Any
 
+from torch import Tensor
+
 from hf_matrix_optim.matrix_layout import MatrixLayout
 
 logger = logging.getLogger(__name__)
 
 #: Keys that belong to a run, not to what the state means.
 _FREE_KEYS = {"params", "param_names", "lr", "initial_lr", "fused"}
+#: State that is laid out as its parameter.
+_MOMENTS = {"momentum_buffer", "exp_avg", "exp_avg_sq"}
 
 
 def check_checkpoint(saved_groups: list[dict[str, Any]], groups: list[dict[str, Any]]) -> None:
@@ -45,6 +49,35 @@ def check_checkpoint(saved_groups: list[dict[str, Any]], groups: list[dict[str, 
                     saved_group[key],
                     group[key],
                 )
+
+
+def check_state(state: dict[str, Any], param: Tensor, name: str) -> None:
+    """Refuse moments of another shape than the parameter's, and whole ones where this rank has a shard, or vice versa.
+
+    Args:
+        state: of the parameter, in a checkpoint.
+        param: the parameter.
+        name: what to call it.
+
+    Raises:
+        ValueError: naming both shapes or layouts.
+    """
+    for key in _MOMENTS & state.keys():
+        if state[key].shape != param.shape:
+            raise ValueError(
+                f"{key} of parameter {name} in the checkpoint has shape {tuple(state[key].shape)}, the parameter "
+                f"{tuple(param.shape)}: use the model of the checkpoint"
+            )
+        saved, own = (getattr(tensor, "placements", None) for tensor in (state[key], param))
+        if saved != own:
+            raise ValueError(
+                f"{key} of parameter {name} in the checkpoint is {_layout(saved)}, the parameter is {_layout(own)}: "
+                "load it with torch.distributed.checkpoint.state_dict.set_optimizer_state_dict, which lays it out anew"
+            )
+
+
+def _layout(placements: Any) -> str:
+    return "a whole tensor" if placements is None else f"laid out as {tuple(placements)}"
 
 
 def _check_group(index: int, saved_group: dict[str, Any], group: dict[str, Any]) -> None:

@@ -255,21 +255,24 @@ def plan_group(
             in_one_host = is_in_one_host(ranks)
             if params[i].device.type == "cpu" or sharing_pays(needed, params[i].numel(), in_one_host=in_one_host):
                 members.append(Member(i, params[i], whole))
+    names = group.get("param_names") or [f"parameter {i}" for i in range(len(params))]
+    gathered = []
     for i, p in enumerate(params):
         if not is_sharded(p):
             continue
         shards = layout_of(p)
         if shards is None or (not shards.has_whole_matrices(layout) and not pieces_of(layout, shards)):
-            warn_once(
-                f"a parameter of shape {tuple(p.shape)} with placements {getattr(p, 'placements', ())} is gathered "
-                "whole on every rank for its step: matrices are shared out where one mesh dimension cuts them"
-            )
+            gathered.append(f"{names[i]} with placements {getattr(p, 'placements', ())}")
         elif not shards.has_whole_matrices(layout) and shards.shards.size * shards.replicas.size > 1:
             members.append(Member(i, p, shards))
+    if gathered:
+        warn_once(
+            f"{len(gathered)} of {len(params)} parameters, {gathered[0]} for one, are gathered whole on every rank "
+            "for their step: matrices are shared out where one mesh dimension cuts them"
+        )
     if not members:
         return None
     members.sort(key=lambda member: member.index)
-    names = group.get("param_names") or [f"parameter {i}" for i in range(len(params))]
     lines = [f"{group['algorithm']} by {'kernels' if by_kernels else 'plain functions'}"] + [
         f"{names[member.index]} {tuple(member.param.shape)} {member.param.dtype} cut along {member.shards.axis}"
         for member in members

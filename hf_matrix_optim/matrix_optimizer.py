@@ -10,14 +10,14 @@ for the kernels. AdamW groups go through torch's ``adamw``.
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import fields
-from typing import Any, overload
+from typing import Any, TypeAlias, overload
 
 import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from hf_matrix_optim.checkpoint_check import check_checkpoint
+from hf_matrix_optim.checkpoint_check import check_checkpoint, check_state
 from hf_matrix_optim.distributed_step import DistributedGroup, plan_group
 from hf_matrix_optim.group_state import GroupState
 from hf_matrix_optim.kernels.fast_path import FastPath
@@ -26,7 +26,7 @@ from hf_matrix_optim.kernels.stack_step import KernelRule
 from hf_matrix_optim.matrix_layout import MatrixLayout, to_matrices
 from hf_matrix_optim.plain_step import state_dtype, step_stack
 from hf_matrix_optim.sharding.full_tensor import local_or_whole, write_shard
-from hf_matrix_optim.sharding.shard_layout import is_sharded
+from hf_matrix_optim.sharding.shard_layout import in_placements_of, is_sharded, local_of
 from hf_matrix_optim.stacks import Matrices, MatrixLists, chunks
 from hf_matrix_optim.update_scale import UPDATE_SCALES, update_scale
 
@@ -40,6 +40,8 @@ MAP_DTYPES = {
 KERNELS = ("auto", "torch", "triton")
 MOMENTUM_DTYPES = ("auto", "bfloat16")
 DISTRIBUTE = ("auto", "off")
+#: A param group, its parameters, and what ranks step together of them.
+Plan: TypeAlias = tuple[dict[str, Any], list[Tensor], DistributedGroup | None]
 #: Device types for which torch has a fused AdamW.
 FUSED_ADAMW_DEVICES = ("cpu", "cuda", "xpu", "mps")
 #: Tensors of a stack's size that are alive at once in ``step_stack``, for the workspace cap.
@@ -215,10 +217,12 @@ class MatrixOptimizer(Optimizer):
 
     def _shared_group(self, group: dict[str, Any], layout: MatrixLayout) -> DistributedGroup | None:
         """The parameters of a group that ranks step together; planned once, None where there are none."""
-        plans: dict[int, tuple[list[Tensor], DistributedGroup | None]] = self.__dict__.setdefault("_plans", {})
+        plans: dict[int, Plan] = self.__dict__.setdefault("_plans", {})
         params: list[Tensor] = group["params"]
         known = plans.get(id(group))
-        if known is None or list(map(id, known[0])) != list(map(id, params)):
+        # Planning is a collective. The group is kept and compared, for that of a later checkpoint may get the address
+        # of an earlier one, on some of the ranks.
+        if known is None or known[0] is not group or list(map(id, known[1])) != list(map(id, params)):
             for gone in set(plans) - set(map(id, self.param_groups)):
                 del plans[gone]
             has_shards = any(is_sharded(p) for other in self.param_groups for p in other["params"])
@@ -234,8 +238,8 @@ class MatrixOptimizer(Optimizer):
             )
             if plan is not None:
                 self._check_shared(plan, layout, group)
-            known = plans[id(group)] = (list(params), plan)
-        return known[1]
+            known = plans[id(group)] = (group, list(params), plan)
+        return known[2]
 
     def _check_shared(self, plan: DistributedGroup, layout: MatrixLayout, group: dict[str, Any]) -> None:
         """Refuse what was asked for and cannot be had where ranks share the matrices of a group."""
@@ -379,14 +383,26 @@ class MatrixOptimizer(Optimizer):
                 state["exp_avg_sq"] = torch.zeros_like(p, memory_format=torch.preserve_format)
         if not params:
             return
+        grads = [p.grad for p in params if p.grad is not None]
+        averages = [self.state[p]["exp_avg"] for p in params]
+        squares = [self.state[p]["exp_avg_sq"] for p in params]
+        steps = [self.state[p]["step"] for p in params]
+        if any(map(is_sharded, params)):
+            # Elementwise, so each rank steps its shards. torch takes a group as one list, and refuses DTensors beside
+            # plain tensors, such as the norms of a tensor parallel model, and DTensors of several meshes.
+            grads = [
+                local_of(in_placements_of(p, grad)) if is_sharded(p) else grad
+                for p, grad in zip(params, grads, strict=True)
+            ]
+            params, averages, squares = (list(map(local_of, each)) for each in (params, averages, squares))
         beta1, beta2 = group["betas"]
         adamw(
             params,
-            [p.grad for p in params if p.grad is not None],
-            [self.state[p]["exp_avg"] for p in params],
-            [self.state[p]["exp_avg_sq"] for p in params],
+            grads,
+            averages,
+            squares,
             [],
-            [self.state[p]["step"] for p in params],
+            steps,
             fused=group["fused"],
             amsgrad=False,
             beta1=beta1,
@@ -399,10 +415,10 @@ class MatrixOptimizer(Optimizer):
 
     def describe_plan(self) -> str:
         """Which rank maps which matrix, as a Markdown table; known after the first step."""
-        plans: dict[int, tuple[list[Tensor], DistributedGroup | None]] = self.__dict__.get("_plans", {})
+        plans: dict[int, Plan] = self.__dict__.get("_plans", {})
         rows = []
         for group in self.param_groups:
-            _, shared = plans.get(id(group), (None, None))
+            _, _, shared = plans.get(id(group), (None, None, None))
             if shared is not None:
                 rows += shared.describe([_name(group, i).strip("'") for i in range(len(group["params"]))])
         if not rows:
@@ -420,10 +436,14 @@ class MatrixOptimizer(Optimizer):
         Momentum keeps its own dtype, also under bfloat16 parameters, and no tensor is shared with ``state_dict``.
 
         Raises:
-            ValueError: if the checkpoint comes from another optimizer or lists other parameters, naming both.
+            ValueError: if the checkpoint comes from another optimizer, lists other parameters, or has state of other
+                shapes or layouts than the parameters, naming both.
         """
         check_checkpoint(state_dict["param_groups"], self.param_groups)
         saved_ids = [i for group in state_dict["param_groups"] for i in group["params"]]
+        owners = [(group, i, p) for group in self.param_groups for i, p in enumerate(group["params"])]
+        for saved_id, (group, i, p) in zip(saved_ids, owners, strict=True):
+            check_state(state_dict["state"].get(saved_id, {}), p, _name(group, i))
         super().load_state_dict(state_dict)
         for group in self.param_groups:
             for key, value in self.defaults.items():  # options that are younger than the checkpoint

@@ -4,6 +4,7 @@
 functions of the module's ``CASES`` in turn, with the folder, and writes down how each went.
 """
 
+import gc
 import importlib
 import json
 import os
@@ -114,6 +115,7 @@ def _main(module: str, meeting: str, folder: str, *names: str) -> None:
         timeout=timedelta(seconds=TIMEOUT_SECONDS),
     )
     cases = importlib.import_module(module).CASES
+    gc.freeze()  # each Trainer collects garbage, and what is imported by now is none
     with open(Path(meeting) / f"report_{dist.get_rank()}", "w", buffering=1) as report:
         for name in names:
             try:

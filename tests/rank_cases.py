@@ -182,7 +182,7 @@ def train_steps(model: nn.Module, optimizer: torch.optim.Optimizer, steps: range
 def full_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     tensors = {name: full(parameter.detach()) for name, parameter in model.named_parameters()}
     for name, parameter in model.named_parameters():
-        for key, value in optimizer.state[parameter].items():
+        for key, value in optimizer.state.get(parameter, {}).items():
             tensors[f"{name}: {key}"] = full(value)
     return {name: tensor.clone() for name, tensor in tensors.items()}
 

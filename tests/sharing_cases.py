@@ -172,6 +172,19 @@ def ddp_of_other_gradients(folder: Path) -> None:
         assert_equal(one_process("muon"), whole_tensors(params, optimizer))
 
 
+def ddp_of_a_gradient_on_one_rank_only(folder: Path) -> None:
+    """Noticed like other gradients, and by every rank alike."""
+    params = [nn.Parameter(torch.ones(8, 6)) for _ in range(3)]
+    module = DistributedDataParallel(Holder([params]))
+    optimizer = Muon(params, lr=0.02)
+    for i, p in enumerate(params):
+        p.grad = None if i == 1 and dist.get_rank() == 1 else torch.ones(8, 6)
+    optimizer.step()
+    assert "Nothing is shared out" in optimizer.describe_plan()
+    unchanged = [torch.equal(p.detach(), torch.ones(8, 6)) for p in module.parameters()]
+    assert unchanged == [False, dist.get_rank() == 1, False]
+
+
 def without_ddp_nothing_is_exchanged(folder: Path) -> None:
     """Ranks with models of their own: one rank steps alone, and no other answers it."""
     if dist.get_rank() == 0:
@@ -256,6 +269,61 @@ def gradients_in_other_placements(folder: Path) -> None:
             p.grad = given
             Muon([p], map_dtype="float32").step()
             torch.testing.assert_close(whole(p.detach()), plain.detach(), atol=1e-6, rtol=1e-6)
+
+
+def whole_state_is_refused_by_shards(folder: Path) -> None:
+    """And shards by whole parameters; each rank would take rows that are not its own."""
+    mesh = mesh_of((dist.get_world_size(),))
+    optimizers = []
+    for is_cut in (False, True):
+        values = [torch.ones(8, 6), torch.ones(8)]
+        params = [nn.Parameter(distribute_tensor(v, mesh, [Shard(0)]) if is_cut else v) for v in values]
+        for p in params:
+            p.grad = p.detach().clone()
+        roles = ("matrix", "adamw")
+        optimizers.append(Muon([{"params": [p], "role": role} for p, role in zip(params, roles, strict=True)]))
+        optimizers[-1].step()
+    for one, other in itertools.permutations(optimizers):
+        before = whole_state(one)
+        with pytest.raises(
+            ValueError, match=r"momentum_buffer of parameter .* whole tensor.*set_optimizer_state_dict"
+        ):
+            one.load_state_dict(other.state_dict())
+        after = whole_state(one)
+        assert before.keys() == after.keys()
+        assert all(torch.equal(value, after[key]) for key, value in before.items())
+        one.load_state_dict(one.state_dict())
+
+
+def whole_state(optimizer: torch.optim.Optimizer) -> dict[tuple[int, str], Tensor]:
+    states = optimizer.state_dict()["state"]
+    return {(i, key): whole(value).clone() for i, state in states.items() for key, value in state.items()}
+
+
+def adamw_of_shards_and_whole_tensors(folder: Path) -> None:
+    """One AdamW group with whole tensors, as tensor parallel models have, and shards of two meshes, some empty."""
+    ranks = dist.get_world_size()
+    meshes = [mesh_of((ranks,)), init_device_mesh("cpu", (1, ranks))]
+    values = [torch.randn(shape, generator=torch.Generator().manual_seed(7)) for shape in ((7, 3), (1,), (5,), (4,))]
+    results = []
+    for fused in (True, False):
+        for is_cut in (False, True):
+            params = [nn.Parameter(value.clone()) for value in values]
+            if is_cut:
+                params[0] = nn.Parameter(distribute_tensor(values[0], meshes[0], [Shard(0)]))
+                params[1] = nn.Parameter(distribute_tensor(values[1], meshes[0], [Shard(0)]))
+                params[2] = nn.Parameter(distribute_tensor(values[2], meshes[1], [Replicate(), Shard(0)]))
+            optimizer = Muon([{"params": params, "role": "adamw"}], lr=0.02, adamw_fused=fused)
+            for _ in range(3):
+                for p, value in zip(params, values, strict=True):
+                    p.grad = value.clone()
+                    if isinstance(p, DTensor):
+                        p.grad = distribute_tensor(value, p.device_mesh, p.placements)
+                optimizer.step()
+            results.append([whole(p.detach()) for p in params])
+    for plain, cut in (results[:2], results[2:]):
+        for one, other in zip(plain, cut, strict=True):
+            torch.testing.assert_close(one, other, atol=1e-7, rtol=1e-6)
 
 
 def replicated_beside_shards(folder: Path) -> None:
@@ -415,6 +483,7 @@ def cases(ranks: int) -> dict[str, Callable[[Path], None]]:
         "off": partial(by_rows, name="muon", distribute="off"),
         "bfloat16_momentum": partial(by_rows, name="muon", momentum_dtype="bfloat16"),
         "ddp_of_other_gradients": ddp_of_other_gradients,
+        "ddp_one_rank_without_gradient": ddp_of_a_gradient_on_one_rank_only,
         "without_ddp": without_ddp_nothing_is_exchanged,
         "one_rank_without_gradient": a_gradient_on_one_rank_only,
         "late_parameters": late_parameters_count_their_own_steps,
@@ -422,6 +491,8 @@ def cases(ranks: int) -> dict[str, Callable[[Path], None]]:
         "gradient_placements": gradients_in_other_placements,
         "replicated_beside_shards": replicated_beside_shards,
         "refused": requests_that_cannot_be_met_are_refused,
+        "whole_state_into_shards": whole_state_is_refused_by_shards,
+        "adamw_of_shards_and_whole": adamw_of_shards_and_whole_tensors,
         "disagreement": ranks_that_disagree_get_an_error,
         "mapped_once_fsdp": partial(each_matrix_is_mapped_once, is_ddp=False),
         "mapped_once_ddp": partial(each_matrix_is_mapped_once, is_ddp=True),

@@ -583,3 +583,22 @@ def test_bad_parameters_are_named(make):
         optimizer.step()
     with pytest.raises(ValueError, match="number 0 of its group"):
         make([nn.Parameter(torch.ones(3))])
+
+
+@pytest.mark.parametrize("role", ["matrix", "adamw"])
+def test_a_checkpoint_of_another_width_is_refused(role):
+    """Fused kernels would read past the end of its state."""
+    optimizers = []
+    for width in (16, 32):
+        p = torch.nn.Parameter(torch.ones(width, 8))
+        p.grad = torch.ones_like(p)
+        optimizers.append(Muon([{"params": [p], "role": role}]))
+        optimizers[-1].step()
+    narrow, wide = optimizers
+    before = copy.deepcopy(wide.state_dict())
+    with pytest.raises(
+        ValueError, match=r"in the checkpoint has shape \(16, 8\), the parameter \(32, 8\): use the model"
+    ):
+        wide.load_state_dict(narrow.state_dict())
+    for key, value in before["state"][0].items():
+        assert torch.equal(wide.state_dict()["state"][0][key], value)

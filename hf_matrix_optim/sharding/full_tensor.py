@@ -5,7 +5,7 @@ from dataclasses import replace
 from torch import Tensor
 
 from hf_matrix_optim.matrix_layout import MatrixLayout
-from hf_matrix_optim.sharding.shard_layout import layout_of, local_of
+from hf_matrix_optim.sharding.shard_layout import in_placements_of, layout_of, local_of
 from hf_matrix_optim.stacks import Matrices
 
 Written = list[tuple[Tensor, Tensor]]
@@ -37,7 +37,7 @@ def local_or_whole(entry: Matrices, layout: MatrixLayout) -> tuple[Matrices, Wri
     scale = None if entry.lookahead_scale is None else entry.lookahead_scale.view(parts, -1)[:, start : start + count]
     local = Matrices(
         local_of(entry.param),
-        local_of(entry.grad),
+        local_of(in_placements_of(entry.param, entry.grad)),
         local_of(entry.momentum),
         None if entry.second_moment is None else local_of(entry.second_moment),
         skipped.flatten(),

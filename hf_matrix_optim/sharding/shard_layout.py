@@ -91,7 +91,7 @@ def layout_of(tensor: Tensor) -> ShardLayout | None:
     mesh = tensor.device_mesh
     axis, shards, replicas = None, ALONE, ALONE
     for dimension, placement in enumerate(tensor.placements):
-        if mesh.size(dimension) == 1 and type(placement) in (Shard, Replicate):
+        if mesh.size(dimension) == 1 and not placement.is_partial():
             continue
         group = mesh.get_group(dimension)
         ranks = Ranks(tuple(get_process_group_ranks(group)), mesh.get_local_rank(dimension), group)
