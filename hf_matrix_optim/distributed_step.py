@@ -252,8 +252,10 @@ def plan_group(
         for i, ranks in plain:
             whole = ShardLayout(tuple(params[i].shape), None, ALONE, ranks)
             needed = sum(operations(*piece.fans) for piece in pieces_of(layout, whole))
-            in_one_host = is_in_one_host(ranks)
-            if params[i].device.type == "cpu" or sharing_pays(needed, params[i].numel(), in_one_host=in_one_host):
+            # The exchange is padded to the longest share, so nearly all of it would be padding among many more ranks.
+            enough = sum(other == ranks for _, other in plain) >= 2 * ranks.size
+            pays = enough and sharing_pays(needed, params[i].numel(), in_one_host=is_in_one_host(ranks))
+            if pays or params[i].device.type == "cpu":
                 members.append(Member(i, params[i], whole))
     names = group.get("param_names") or [f"parameter {i}" for i in range(len(params))]
     gathered = []

@@ -98,7 +98,7 @@ def test_sharing_pays_where_the_map_costs_more_than_the_message():
 
 def test_ddp_on_gpus_shares_what_pays(monkeypatch):
     """On GPUs a matrix is shared by what mapping it costs; on CPUs always."""
-    params = [torch.nn.Parameter(torch.zeros(shape, device="meta")) for shape in ((256, 256), (2048, 2048))]
+    params = [torch.nn.Parameter(torch.zeros(shape, device="meta")) for shape in ((256, 256), (2048, 2048)) * 2]
     group = {"params": params, "algorithm": "mud", "max_workspace_bytes": 2**30}
     monkeypatch.setattr(distributed_step, "ranks_of_ddp", lambda params: [ranks(2)] * len(params))
     monkeypatch.setattr(distributed_step, "are_equal", lambda *_: True)
@@ -108,10 +108,10 @@ def test_ddp_on_gpus_shares_what_pays(monkeypatch):
         plan = distributed_step.plan_group(
             group,
             MatrixLayout(),
-            [torch.float32] * 2,
+            [torch.float32] * 4,
             may_be_ddp=True,
             by_kernels=False,
             operations=lambda fan_out, fan_in, cost=cost: cost * fan_out,
         )
         shared[cost] = [] if plan is None else sorted(plan.members)
-    assert shared == {1.0: [], 1e6: [0], 1e12: [0, 1]}
+    assert shared == {1.0: [], 1e6: [0, 2], 1e12: [0, 1, 2, 3]}
