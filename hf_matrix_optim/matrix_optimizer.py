@@ -447,7 +447,8 @@ class MatrixOptimizer(Optimizer):
         super().load_state_dict(state_dict)
         for group in self.param_groups:
             for key, value in self.defaults.items():  # options that are younger than the checkpoint
-                group.setdefault(key, value)
+                if key != "differentiable":  # torch's __setstate__ puts it among the defaults
+                    group.setdefault(key, value)
         for name in ("_group_states", "_fast_path"):  # they hold on to the tensors that are replaced
             self.__dict__.pop(name, None)
         parameters = [(p, group) for group in self.param_groups for p in group["params"]]
