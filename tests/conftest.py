@@ -6,14 +6,16 @@ from pathlib import Path
 
 import pytest
 
+PACKAGE_LOGGER = logging.getLogger("transformers.hf_matrix_optim")
+PACKAGE_LEVEL = PACKAGE_LOGGER.level
+
 
 @pytest.fixture(autouse=True)
 def log_level_of_the_package() -> Iterator[None]:
-    """A recipe that runs in the test's own process switches the package's log to INFO; put back what was there."""
-    logger = logging.getLogger("transformers.hf_matrix_optim")
-    level = logger.level
+    """A recipe in the process of a test, or of a fixture of its module, switches the package's log to INFO."""
+    PACKAGE_LOGGER.setLevel(PACKAGE_LEVEL)
     yield
-    logger.setLevel(level)
+    PACKAGE_LOGGER.setLevel(PACKAGE_LEVEL)
 
 
 @pytest.fixture(scope="module")
