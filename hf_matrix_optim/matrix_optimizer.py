@@ -4,7 +4,7 @@ A gradient's way through a matrix group: ``step`` -> ``_step_matrix_group`` (whi
 ``_step_lists`` (what the GPU kernels take goes to ``kernels.fast_path``) -> ``_step_plainly`` (matrices of one shape
 in stacks under the workspace cap) -> ``plain_step.step_stack``. What lies on several ranks goes to
 ``distributed_step`` instead. A subclass is a constructor, ``map_lookahead`` with its companions, and ``_kernel_rule``
-for the kernels. AdamW groups go through torch's ``adamw``.
+for the kernels. AdamW groups go to ``adamw_group``; ``group_check`` says what a group may hold.
 """
 
 from collections import defaultdict
@@ -14,11 +14,12 @@ from typing import Any, TypeAlias, overload
 
 import torch
 from torch import Tensor
-from torch.optim.adamw import adamw
 from torch.optim.optimizer import Optimizer, ParamsT
 
+from hf_matrix_optim.adamw_group import can_be_fused, step_adamw_group
 from hf_matrix_optim.checkpoint_check import check_checkpoint, check_state
 from hf_matrix_optim.distributed_step import DistributedGroup, plan_group
+from hf_matrix_optim.group_check import MAP_DTYPES, check_group, parameter_name
 from hf_matrix_optim.group_state import GroupState
 from hf_matrix_optim.kernels.fast_path import FastPath
 from hf_matrix_optim.kernels.stack_plan import why_not
@@ -26,24 +27,12 @@ from hf_matrix_optim.kernels.stack_step import KernelRule
 from hf_matrix_optim.matrix_layout import MatrixLayout, to_matrices
 from hf_matrix_optim.plain_step import state_dtype, step_stack
 from hf_matrix_optim.sharding.full_tensor import local_or_whole, write_shard
-from hf_matrix_optim.sharding.shard_layout import in_placements_of, is_sharded, local_of
+from hf_matrix_optim.sharding.shard_layout import is_sharded
 from hf_matrix_optim.stacks import Matrices, MatrixLists, chunks
-from hf_matrix_optim.update_scale import UPDATE_SCALES, update_scale
+from hf_matrix_optim.update_scale import update_scale
 
-ROLES = ("adamw", "matrix")
-MAP_DTYPES = {
-    "float64": torch.float64,
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-}
-KERNELS = ("auto", "torch", "triton")
-MOMENTUM_DTYPES = ("auto", "bfloat16")
-DISTRIBUTE = ("auto", "off")
 #: A param group, its parameters, and what ranks step together of them.
 Plan: TypeAlias = tuple[dict[str, Any], list[Tensor], DistributedGroup | None]
-#: Device types for which torch has a fused AdamW.
-FUSED_ADAMW_DEVICES = ("cpu", "cuda", "xpu", "mps")
 #: Tensors of a stack's size that are alive at once in ``step_stack``, for the workspace cap.
 STACK_COPIES = 8
 #: Bound of a stack and its copies on a CPU: about its caches. Larger stacks are slower, smaller ones all overhead.
@@ -92,52 +81,14 @@ class MatrixOptimizer(Optimizer):
         group["algorithm"] = self.algorithm if group["role"] == "matrix" else "adamw"
         if group["role"] == "adamw":
             if group["fused"] is None:
-                group["fused"] = all(
-                    p.is_floating_point() and p.device.type in FUSED_ADAMW_DEVICES for p in group["params"]
-                )
+                group["fused"] = can_be_fused(group["params"])
         else:
             layout = MatrixLayout.from_group(group)
             group.update({field.name: getattr(layout, field.name) for field in fields(layout)})
 
     def _check_group(self, group: dict[str, Any]) -> None:
-        if group["role"] not in ROLES:
-            raise ValueError(f"role={group['role']!r} of a param group is not one of {', '.join(ROLES)}")
-        _check(group, "lr", lambda value: 0 <= value < float("inf"), "at least 0 and finite")
-        _check(group, "weight_decay", lambda value: 0 <= value < float("inf"), "at least 0 and finite")
-        _check(group, "momentum", lambda value: 0 <= value < 1, "at least 0 and below 1")
-        _check(group, "update_rms", lambda value: value > 0, "above 0")
-        _check(group, "adamw_eps", lambda value: value >= 0, "at least 0")
-        _check(
-            group,
-            "betas",
-            lambda value: len(value) == 2 and all(0 <= beta < 1 for beta in value),
-            "two numbers, each at least 0 and below 1",
-        )
-        _check(group, "fused", lambda value: value is None or isinstance(value, bool), "True, False or None")
-        _check(group, "cuda_graph", lambda value: isinstance(value, bool), "True or False")
-        _check(group, "map_dtype", lambda value: value in ("auto", *MAP_DTYPES), f"auto, {', '.join(MAP_DTYPES)}")
-        _check(group, "kernels", lambda value: value in KERNELS, " or ".join(KERNELS))
-        _check(group, "momentum_dtype", lambda value: value in MOMENTUM_DTYPES, " or ".join(MOMENTUM_DTYPES))
-        if group["kernels"] == "triton" and group["map_dtype"] != "auto":
-            raise ValueError(
-                f"kernels='triton' multiplies in float16 and is for map_dtype='auto', not {group['map_dtype']!r}: use "
-                "kernels='auto'"
-            )
-        if group["cuda_graph"] and group["kernels"] == "torch":
-            raise ValueError("cuda_graph=True is for the GPU kernels, not for kernels='torch'")
-        _check(group, "distribute", lambda value: value in DISTRIBUTE, " or ".join(DISTRIBUTE))
-        _check(group, "max_workspace_bytes", lambda value: value > 0, "above 0")
-        if "update_scale" in group:
-            _check(group, "update_scale", lambda value: value in UPDATE_SCALES, " or ".join(UPDATE_SCALES))
-        for i, p in enumerate(group["params"]):
-            if torch.is_complex(p):
-                raise ValueError(f"parameter {_name(group, i)} is complex: only real parameters are supported")
-            if not p.is_floating_point():
-                raise TypeError(
-                    f"parameter {_name(group, i)} is {p.dtype}: only floating-point parameters are trained"
-                )
-            if group["role"] == "matrix":
-                MatrixLayout.from_group(group).check(tuple(p.shape), _name(group, i))
+        """Check what a subclass adds to a group, after this."""
+        check_group(group)
 
     # ---- step ----
 
@@ -161,13 +112,13 @@ class MatrixOptimizer(Optimizer):
             is_sparse = [(grad := p.grad) is not None and grad.is_sparse for p in group["params"]]
             if True in is_sparse:
                 raise RuntimeError(
-                    f"parameter {_name(group, is_sparse.index(True))} has a sparse gradient, which is not supported: "
+                    f"parameter {parameter_name(group, is_sparse.index(True))} has a sparse gradient, which is not supported: "
                     "use nn.Embedding(sparse=False)"
                 )
             if group["role"] == "matrix":
                 self._step_matrix_group(group)
             else:
-                self._step_adamw_group(group)
+                step_adamw_group(group, self.state)
         return loss
 
     def _step_matrix_group(self, group: dict[str, Any]) -> None:
@@ -250,7 +201,10 @@ class MatrixOptimizer(Optimizer):
             )
         if group["kernels"] == "triton" and (left := plan.without_kernels()) is not None:
             reason = self._why_not_kernels(group["params"][left].device, layout, group)
-            reason = reason or f"parameter {_name(group, left)} or its shards are too small or not laid out for them"
+            reason = (
+                reason
+                or f"parameter {parameter_name(group, left)} or its shards are too small or not laid out for them"
+            )
             raise RuntimeError(f"kernels='triton' was asked for, but {reason}; or use kernels='auto'")
 
     def _step_lists(self, lists: MatrixLists, layout: MatrixLayout, group: dict[str, Any], step: float) -> None:
@@ -372,47 +326,6 @@ class MatrixOptimizer(Optimizer):
             return MAP_DTYPES[group["map_dtype"]]
         return torch.bfloat16 if dtype == torch.float32 and has_fast_bfloat16(device) else dtype
 
-    def _step_adamw_group(self, group: dict[str, Any]) -> None:
-        params = [p for p in group["params"] if p.grad is not None]
-        for p in params:
-            state = self.state[p]
-            if not state:
-                # As torch.optim.AdamW: the counter lives on the device only for the fused kernel.
-                state["step"] = torch.zeros((), dtype=torch.float32, device=p.device if group["fused"] else "cpu")
-                state["exp_avg"] = torch.zeros_like(p, memory_format=torch.preserve_format)
-                state["exp_avg_sq"] = torch.zeros_like(p, memory_format=torch.preserve_format)
-        if not params:
-            return
-        grads = [p.grad for p in params if p.grad is not None]
-        averages = [self.state[p]["exp_avg"] for p in params]
-        squares = [self.state[p]["exp_avg_sq"] for p in params]
-        steps = [self.state[p]["step"] for p in params]
-        if any(map(is_sharded, params)):
-            # Elementwise, so each rank steps its shards. torch takes a group as one list, and refuses DTensors beside
-            # plain tensors, such as the norms of a tensor parallel model, and DTensors of several meshes.
-            grads = [
-                local_of(in_placements_of(p, grad)) if is_sharded(p) else grad
-                for p, grad in zip(params, grads, strict=True)
-            ]
-            params, averages, squares = (list(map(local_of, each)) for each in (params, averages, squares))
-        beta1, beta2 = group["betas"]
-        adamw(
-            params,
-            grads,
-            averages,
-            squares,
-            [],
-            steps,
-            fused=group["fused"],
-            amsgrad=False,
-            beta1=beta1,
-            beta2=beta2,
-            lr=group["lr"],
-            weight_decay=group["weight_decay"],
-            eps=group["adamw_eps"],
-            maximize=group["maximize"],
-        )
-
     def describe_plan(self) -> str:
         """Which rank maps which matrix, as a Markdown table; known after the first step."""
         plans: dict[int, Plan] = self.__dict__.get("_plans", {})
@@ -420,7 +333,7 @@ class MatrixOptimizer(Optimizer):
         for group in self.param_groups:
             _, _, shared = plans.get(id(group), (None, None, None))
             if shared is not None:
-                rows += shared.describe([_name(group, i).strip("'") for i in range(len(group["params"]))])
+                rows += shared.describe([parameter_name(group, i).strip("'") for i in range(len(group["params"]))])
         if not rows:
             return "Nothing is shared out between ranks, or no step has been taken yet."
         header = ("matrix", "shape", "cut along", "mapped by", "elements", "share of the operations")
@@ -443,7 +356,7 @@ class MatrixOptimizer(Optimizer):
         saved_ids = [i for group in state_dict["param_groups"] for i in group["params"]]
         owners = [(group, i, p) for group in self.param_groups for i, p in enumerate(group["params"])]
         for saved_id, (group, i, p) in zip(saved_ids, owners, strict=True):
-            check_state(state_dict["state"].get(saved_id, {}), p, _name(group, i))
+            check_state(state_dict["state"].get(saved_id, {}), p, parameter_name(group, i))
         super().load_state_dict(state_dict)
         for group in self.param_groups:
             for key, value in self.defaults.items():  # options that are younger than the checkpoint
@@ -476,17 +389,3 @@ def has_fast_bfloat16(device: torch.device) -> bool:
 
 def _momentum_dtype(p: Tensor, group: dict[str, Any]) -> torch.dtype:
     return state_dtype(p) if group["momentum_dtype"] == "auto" else torch.bfloat16
-
-
-def _check(group: dict[str, Any], key: str, is_valid: Callable[[Any], bool], allowed: str) -> None:
-    try:
-        valid = bool(is_valid(group[key]))
-    except TypeError:
-        valid = False
-    if not valid:
-        raise ValueError(f"{key}={group[key]!r} is not allowed: it must be {allowed}")
-
-
-def _name(group: dict[str, Any], index: int) -> str:
-    names = group.get("param_names")
-    return repr(names[index]) if names else f"number {index} of its group"
