@@ -111,9 +111,9 @@ class MatrixOptimizer(Optimizer):
         for group in self.param_groups:
             is_sparse = [(grad := p.grad) is not None and grad.is_sparse for p in group["params"]]
             if True in is_sparse:
+                name = parameter_name(group, is_sparse.index(True))
                 raise RuntimeError(
-                    f"parameter {parameter_name(group, is_sparse.index(True))} has a sparse gradient, which is not supported: "
-                    "use nn.Embedding(sparse=False)"
+                    f"parameter {name} has a sparse gradient, which is not supported: use nn.Embedding(sparse=False)"
                 )
             if group["role"] == "matrix":
                 self._step_matrix_group(group)
