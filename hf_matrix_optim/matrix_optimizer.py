@@ -57,6 +57,8 @@ class MatrixOptimizer(Optimizer):
     algorithm: str
     momentum_is_average: bool = False
     has_second_moment: bool = False
+    #: The dataclass of options that it was made from, if it was; some of them are for others than the optimizer.
+    asked_options: Any = None
 
     def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
         if isinstance(defaults["lr"], Tensor) and defaults["lr"].numel() != 1:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
-from hf_matrix_optim.options import OPTIMIZER_NAMES, parse_options, split_optim_args
+from hf_matrix_optim.options import OPTIMIZER_NAMES, MatrixOptimizerOptions, parse_options, split_optim_args
 
 OLDEST_TRANSFORMERS = (5, 2)
 
@@ -121,3 +121,20 @@ def _handler(name: str) -> Callable[[Any], tuple[Any, dict[str, Any]]]:
         return optimizer_class_and_kwargs_from_arguments(name, context.args, context.model, options)
 
     return handler
+
+
+def options_asked_for(args: Any, optimizer: Any = None) -> MatrixOptimizerOptions | None:
+    """Return the options of the run: those that the optimizer was made from, or else what ``--optim_args`` says.
+
+    Args:
+        args: ``transformers.TrainingArguments``.
+        optimizer: the one that trains, below the wrappers of accelerate.
+
+    Returns:
+        None if ``args.optim`` is not of this package.
+    """
+    options: MatrixOptimizerOptions | None = getattr(optimizer, "asked_options", None)
+    if options is not None:
+        return options
+    name = accepted_names.get(args.optim)
+    return None if name is None else parse_options(name, split_optim_args(args.optim_args))

@@ -64,6 +64,7 @@ def create_optimizer(
         name, model, lr=lr, weight_decay=weight_decay, betas=betas, eps=eps, options=options
     )
     optimizer: MatrixOptimizer = optimizer_class(**kwargs)
+    optimizer.asked_options = OPTIONS_CLASSES[name]() if options is None else options
     return optimizer
 
 

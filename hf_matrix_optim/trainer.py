@@ -17,11 +17,9 @@ from hf_matrix_optim.matrix_optimizer import MatrixOptimizer
 from hf_matrix_optim.options import (
     OPTIONS_CLASSES,
     MatrixOptimizerOptions,
-    parse_options,
-    split_optim_args,
 )
 from hf_matrix_optim.partition import explain
-from hf_matrix_optim.registration import accepted_names
+from hf_matrix_optim.registration import accepted_names, options_asked_for
 from hf_matrix_optim.registry import (
     optimizer_class_and_kwargs_from_arguments,
     options_with_target_modules,
@@ -146,8 +144,8 @@ class MatrixTrainerMixin(_TrainerBelow):
         if options is not None:
             self._check_options_agree(options, {self._first_optim})  # a search may have changed the arguments
             return _name_of(options), options
-        name = accepted_names.get(self.args.optim)
-        return None if name is None else (name, parse_options(name, split_optim_args(self.args.optim_args)))
+        asked = options_asked_for(self.args)
+        return None if asked is None else (_name_of(asked), asked)
 
     def _check_options_agree(self, options: MatrixOptimizerOptions, allowed: set[Any]) -> None:
         """Raise ValueError if ``args.optim`` is not ``allowed``, or there are ``args.optim_args``."""
@@ -182,7 +180,8 @@ class MatrixTrainerMixin(_TrainerBelow):
         )
         partition = explain(model, partition_options_of(options_with_target_modules(options, self.args)))
         logger.info("Partition of %s for %s:\n%s", type(model).__name__, name, partition)
-        optimizer: torch.optim.Optimizer = optimizer_class(**kwargs)
+        optimizer: MatrixOptimizer = optimizer_class(**kwargs)
+        optimizer.asked_options = options
         return optimizer
 
     def _clip_grad_norm(self, model: nn.Module) -> Tensor:
