@@ -15,15 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_matrix_optim.kernels.kernel_round import KernelRound, can_take
-from hf_matrix_optim.kernels.stack_plan import StackPlan
+from hf_matrix_optim.kernels.kernel_round import KernelRound, KnownStacks, can_take
 from hf_matrix_optim.kernels.stack_step import KernelRule
 from hf_matrix_optim.matrix_layout import MatrixLayout
 from hf_matrix_optim.plain_round import PlainRound
 from hf_matrix_optim.plain_step import Group, Rule
 from hf_matrix_optim.sharding.exchange import Exchange
 from hf_matrix_optim.sharding.guard import are_equal, check_same, is_in_one_host, ranks_of_ddp
-from hf_matrix_optim.sharding.plan import ROUND_ELEMENTS, MatrixJob, Round, rounds_of, sharing_pays
+from hf_matrix_optim.sharding.plan import ROUND_ELEMENTS, MatrixJob, rounds_of, sharing_pays
 from hf_matrix_optim.sharding.round_step import RoundStep, RoundTask, run_rounds
 from hf_matrix_optim.sharding.shard_layout import (
     ALONE,
@@ -53,6 +52,21 @@ class Member:
     shards: ShardLayout
 
 
+@dataclass
+class PlannedRound:
+    """What stays of a round from step to step.
+
+    Attributes:
+        exchange: between its ranks.
+        by_kernels: whether the GPU kernels take its matrices.
+        stacks: what they know of them.
+    """
+
+    exchange: Exchange
+    by_kernels: bool
+    stacks: KnownStacks
+
+
 class DistributedGroup:
     """The members of one param group, and the rounds in which they are stepped.
 
@@ -74,10 +88,8 @@ class DistributedGroup:
     ) -> None:
         self.members = {member.index: member for member in members}
         self.layout = layout
-        self.schedules: list[tuple[Ranks, Ranks, list[Round]]] = []
-        self.by_kernels = by_kernels
-        self._fixed: dict[int, tuple[Any, ...]] = {}
-        self._plans: dict[int, dict[tuple[int, ...], StackPlan]] = defaultdict(dict)
+        self.rounds: list[PlannedRound] = []
+        self._views: dict[int, KnownViews] = {}
         self._scalars: dict[torch.device, Tensor] = {}
         jobs: dict[tuple[Any, ...], list[MatrixJob]] = defaultdict(list)
         groups: dict[tuple[Any, ...], tuple[Ranks, Ranks]] = {}
@@ -93,7 +105,10 @@ class DistributedGroup:
         element_bytes = KERNEL_BYTES if by_kernels else PLAIN_BYTES
         for key, (cut, copies) in groups.items():
             most = max(1, min(ROUND_ELEMENTS, max_workspace_bytes // (element_bytes * copies.size)))
-            self.schedules.append((cut, copies, rounds_of(jobs[key], cut.size, copies.size, most)))
+            for plan in rounds_of(jobs[key], cut.size, copies.size, most):
+                takes = by_kernels and can_take(plan.jobs[0], layout)
+                exchange = Exchange(plan, cut, copies, is_transposed=takes and layout.output_axis == 1)
+                self.rounds.append(PlannedRound(exchange, takes, {}))
 
     def step(
         self,
@@ -119,33 +134,34 @@ class DistributedGroup:
         """
         pieces = {i: self._pieces(i, entry) for i, entry in entries.items()}
         rounds: list[RoundStep] = []
-        for shards, replicas, planned in self.schedules:
-            for plan in planned:
-                by_kernels = self.by_kernels and can_take(plan.jobs[0], self.layout)
-                present = [k for k, job in enumerate(plan.jobs) if job.parameter in pieces]
-                first = self.members[plan.jobs[0].parameter].param
-                task = RoundTask(
-                    group,
-                    self.layout,
-                    Exchange(plan, shards, replicas, is_transposed=by_kernels and self.layout.output_axis == 1),
-                    [pieces[plan.jobs[k].parameter][plan.jobs[k].piece] for k in present],
-                    present,
-                    [root(steps[plan.jobs[k].parameter]) for k in present],
-                    scale,
-                    first.device,
-                    first.dtype,
-                )
-                if by_kernels:
-                    scalars = functools.partial(self._scalars_on, first.device, group["lr"])
-                    rounds.append(KernelRound(task, kernel_rule, self._plans[len(rounds)], scalars))
-                else:
-                    rounds.append(PlainRound(task, rule))
+        for planned in self.rounds:
+            jobs = planned.exchange.plan.jobs
+            present = [k for k, job in enumerate(jobs) if job.parameter in pieces]
+            first = self.members[jobs[0].parameter].param
+            task = RoundTask(
+                group,
+                self.layout,
+                planned.exchange,
+                [pieces[jobs[k].parameter][jobs[k].piece] for k in present],
+                present,
+                [root(steps[jobs[k].parameter]) for k in present],
+                scale,
+                first.device,
+                first.dtype,
+            )
+            if planned.by_kernels:
+                scalars = functools.partial(self._scalars_on, first.device, group["lr"])
+                rounds.append(KernelRound(task, kernel_rule, planned.stacks, scalars))
+            else:
+                rounds.append(PlainRound(task, rule))
         run_rounds(rounds)
 
     def _scalars_on(self, device: torch.device, lr: float | Tensor, corrections: list[float]) -> Tensor:
         """(2,), or (1 + b,) where corrections differ: see ``stack_step.apply_direction``; nothing waits for it."""
         if len(set(corrections)) == 1:
-            scalars = self._scalars.setdefault(device, torch.zeros(2, dtype=torch.float32, device=device))
+            if device not in self._scalars:
+                self._scalars[device] = torch.empty(2, dtype=torch.float32, device=device)
+            scalars = self._scalars[device]
             scalars[1:].fill_(corrections[0])
         else:
             scalars = torch.tensor([0.0, *corrections], dtype=torch.float32).to(device, non_blocking=True)
@@ -157,9 +173,8 @@ class DistributedGroup:
 
     def without_kernels(self) -> int | None:
         """Index of a parameter that is stepped by the plain functions; None if there is none."""
-        every = [job for _, _, rounds in self.schedules for plan in rounds for job in plan.jobs]
-        plain = (job.parameter for job in every if not (self.by_kernels and can_take(job, self.layout)))
-        return next(plain, None)
+        plain = (planned for planned in self.rounds if not planned.by_kernels)
+        return next((planned.exchange.plan.jobs[0].parameter for planned in plain), None)
 
     def describe(self, names: list[str]) -> list[tuple[str, ...]]:
         """A row for each matrix: name, shape, axis that is cut, owning rank, bytes of its elements, share of the work.
@@ -168,23 +183,24 @@ class DistributedGroup:
             names: of the group's parameters.
         """
         rows: list[tuple[str, ...]] = []
-        for shards, replicas, rounds in self.schedules:
-            total = sum(job.operations for plan in rounds for job in plan.jobs)
-            for plan in rounds:
-                owners = [
-                    f"shard {shard}" + (f" of replica {replica}" if replicas.size > 1 else "")
-                    if shards.size > 1
-                    else f"replica {replica}"
-                    for replica, counts in enumerate(plan.counts)
-                    for shard, count in enumerate(counts)
-                    for _ in range(count)
-                ]
-                for job, owner in zip(plan.jobs, owners, strict=True):
-                    cut = "" if job.axis is None else ("rows", "columns")[job.axis]
-                    piece = f"[{job.piece}]" if self._count(job.parameter) > 1 else ""
-                    shape = f"{job.fans[0]} x {job.fans[1]}"
-                    share = f"{job.operations / total:.2%}"
-                    rows.append((names[job.parameter] + piece, shape, cut, owner, f"{job.elements:,}", share))
+        total: dict[tuple[Any, ...], float] = defaultdict(float)
+        for exchange in (planned.exchange for planned in self.rounds):
+            total[_ranks_of(exchange)] += sum(job.operations for job in exchange.plan.jobs)
+        for exchange in (planned.exchange for planned in self.rounds):
+            owners = [
+                f"shard {shard}" + (f" of replica {replica}" if exchange.replicas.size > 1 else "")
+                if exchange.shards.size > 1
+                else f"replica {replica}"
+                for replica, counts in enumerate(exchange.plan.counts)
+                for shard, count in enumerate(counts)
+                for _ in range(count)
+            ]
+            for job, owner in zip(exchange.plan.jobs, owners, strict=True):
+                cut = "" if job.axis is None else ("rows", "columns")[job.axis]
+                piece = f"[{job.piece}]" if self._count(job.parameter) > 1 else ""
+                shape = f"{job.fans[0]} x {job.fans[1]}"
+                share = f"{job.operations / total[_ranks_of(exchange)]:.2%}"
+                rows.append((names[job.parameter] + piece, shape, cut, owner, f"{job.elements:,}", share))
         return rows
 
     def _count(self, index: int) -> int:
@@ -193,21 +209,46 @@ class DistributedGroup:
     def _pieces(self, index: int, entry: Matrices) -> list[Matrices]:
         """This rank's elements of each matrix of a parameter."""
         shards = self.members[index].shards
-        state = (entry.param, entry.momentum, entry.second_moment)
-        local = [None if tensor is None else local_of(tensor) for tensor in state]
-        fixed = (*local, entry.skipped, entry.lookahead_scale)
-        known = self._fixed.get(index)
-        if known is None or any(a is not b for a, b in zip(known[0], fixed, strict=True)):
+        local = [
+            None if tensor is None else local_of(tensor)
+            for tensor in (entry.param, entry.momentum, entry.second_moment)
+        ]
+        tensors = (*local, entry.skipped, entry.lookahead_scale)
+        known = self._views.get(index)
+        if known is None or not known.are_of(tensors):
             count = self._count(index)
             views = [[None] * count if tensor is None else views_of(tensor, self.layout, shards) for tensor in local]
-            flags = [
-                [None] * count if tensor is None else torch.split(tensor, 1)
-                for tensor in (entry.skipped, entry.lookahead_scale)
-            ]
-            known = self._fixed[index] = (fixed, *views, *flags)
-        _, params, momenta, seconds, skipped, scales = known
+            flags = [[None] * count if tensor is None else torch.split(tensor, 1) for tensor in tensors[3:]]
+            known = self._views[index] = KnownViews(tensors, _addresses(tensors), [*views, *flags])
+        params, momenta, seconds, skipped, scales = known.views
         grads = views_of(local_of(in_placements_of(entry.param, entry.grad)), self.layout, shards)
-        return [Matrices(*tensors) for tensors in zip(params, grads, momenta, seconds, skipped, scales, strict=True)]
+        return [Matrices(*of) for of in zip(params, grads, momenta, seconds, skipped, scales, strict=True)]
+
+
+@dataclass
+class KnownViews:
+    """Views of a parameter and its state, one for each of its matrices; the same objects as long as nothing moves.
+
+    Attributes:
+        tensors, addresses: of which they are views: parameter, momentum, second moment, skip counts, lookahead scales.
+        views: for each of these, one a matrix.
+    """
+
+    tensors: tuple[Tensor | None, ...]
+    addresses: tuple[int, ...]
+    views: list[Any]
+
+    def are_of(self, tensors: tuple[Tensor | None, ...]) -> bool:
+        same = all(a is b for a, b in zip(self.tensors, tensors, strict=True))
+        return same and self.addresses == _addresses(tensors)
+
+
+def _addresses(tensors: tuple[Tensor | None, ...]) -> tuple[int, ...]:
+    return tuple(0 if tensor is None else tensor.data_ptr() for tensor in tensors)
+
+
+def _ranks_of(exchange: Exchange) -> tuple[Any, ...]:
+    return exchange.shards.members, exchange.replicas.members
 
 
 def plan_group(

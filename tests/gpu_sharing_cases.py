@@ -11,22 +11,17 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from optimizers import OPTIMIZERS
+from sharing_cases import Holder, whole
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from hf_matrix_optim import MUD, AdaMuon, Muon
 from hf_matrix_optim.kernels.kernel_round import KernelRound
 from hf_matrix_optim.sharding import plan as sharding_plan
 
 STEPS = 4
-OPTIMIZERS: dict[str, Callable[..., Any]] = {
-    "muon": Muon,
-    "adamuon": AdaMuon,
-    "adamuon_v1": partial(AdaMuon, variant="v1"),
-    "mud": MUD,
-}
 #: The last is too small for the kernels.
 SHAPES = [(256, 512), (512, 256), (320, 128), (128, 128), (128, 128), (128, 128), (768, 3072), (72, 1024), (7, 5)]
 PLACEMENTS = {"rows": [Shard(0)], "columns": [Shard(1)], "replicated": [Replicate()]}
@@ -54,23 +49,13 @@ def run(name: str, how: str, dtype: torch.dtype = torch.float32, **options: Any)
         optimizer.step()
     assert module is None or module.module is not None
     return {
-        f"{i} {key}": whole(value) for i, p in enumerate(params) for key, value in tensors(p, optimizer)
+        f"{i} {key}": whole(value).clone() for i, p in enumerate(params) for key, value in tensors(p, optimizer)
     }, optimizer
-
-
-class Holder(nn.Module):
-    def __init__(self, params: list[nn.Parameter]) -> None:
-        super().__init__()
-        self.weights = nn.ParameterList(params)
 
 
 def tensors(p: nn.Parameter, optimizer: torch.optim.Optimizer) -> list[tuple[str, Tensor]]:
     state = optimizer.state[p]
     return [("weight", p.detach())] + [(key, value) for key, value in state.items() if key != "lookahead_scale"]
-
-
-def whole(tensor: Tensor) -> Tensor:
-    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).clone()
 
 
 def equals_one_process(folder: Path, name: str, how: str, dtype: torch.dtype) -> None:

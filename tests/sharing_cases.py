@@ -4,7 +4,7 @@ Gradients are given, not computed, so that every difference is the optimizer's; 
 """
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from optimizers import OPTIMIZERS
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
@@ -21,12 +22,6 @@ from hf_matrix_optim import MUD, AdaMuon, Muon
 from hf_matrix_optim.sharding.exchange import Exchange, Pending
 
 STEPS = 4
-OPTIMIZERS: dict[str, Callable[..., Any]] = {
-    "muon": Muon,
-    "adamuon": AdaMuon,
-    "adamuon_v1": partial(AdaMuon, variant="v1"),
-    "mud": MUD,
-}
 #: Groups of parameters that are read alike: their shapes and the keys of their group.
 GROUPS: list[tuple[dict[str, Any], list[tuple[int, ...]]]] = [
     ({}, [(8, 6), (7, 5), (1, 6), (6, 1), (5, 5), (12, 4), (4, 12), (8, 6), (8, 6), (7, 5), (2, 3)]),
@@ -136,17 +131,17 @@ def sharded(folder: Path, name: str, sizes: tuple[int, ...], placements: list[An
 
 
 class Holder(nn.Module):
-    def __init__(self, params: list[list[nn.Parameter]]) -> None:
+    def __init__(self, params: Iterable[nn.Parameter]) -> None:
         super().__init__()
-        self.weights = nn.ParameterList(itertools.chain(*params))
+        self.weights = nn.ParameterList(params)
 
     def forward(self) -> Tensor:
         return torch.stack([p.sum() for p in self.weights]).sum()
 
 
-def ddp_run(name: str, differ: bool = False, **options: Any) -> Any:
+def ddp_run(name: str, *, differ: bool = False, move: bool = False, **options: Any) -> Any:
     params = parameters()
-    module = DistributedDataParallel(Holder(params))
+    module = DistributedDataParallel(Holder(itertools.chain(*params)))
     optimizer = optimizer_for(name, params, **options)
     for step in range(STEPS):
         for p, grad in zip(itertools.chain(*params), itertools.chain(*gradients(step)), strict=True):
@@ -154,6 +149,9 @@ def ddp_run(name: str, differ: bool = False, **options: Any) -> Any:
         if differ:
             for each in params:
                 each[0].grad.view(-1)[0] += dist.get_rank()
+        if move:
+            for p in itertools.chain(*params):
+                p.data = p.data.clone()
         optimizer.step()
     return params, optimizer, module
 
@@ -162,6 +160,12 @@ def ddp(folder: Path, name: str, **options: Any) -> None:
     params, optimizer, _module = ddp_run(name, **options)
     assert optimizer.describe_plan().count("\n") > len(list(itertools.chain(*params)))
     assert_equal(one_process(name, **options), whole_tensors(params, optimizer))
+
+
+def ddp_of_parameters_that_move(folder: Path) -> None:
+    """The same parameters in other memory at each step, as after ``module.to``."""
+    params, optimizer, _module = ddp_run("muon", move=True)
+    assert_equal(one_process("muon"), whole_tensors(params, optimizer))
 
 
 def ddp_of_other_gradients(folder: Path) -> None:
@@ -175,7 +179,7 @@ def ddp_of_other_gradients(folder: Path) -> None:
 def ddp_of_a_gradient_on_one_rank_only(folder: Path) -> None:
     """Noticed like other gradients, and by every rank alike."""
     params = [nn.Parameter(torch.ones(8, 6)) for _ in range(3)]
-    module = DistributedDataParallel(Holder([params]))
+    module = DistributedDataParallel(Holder(params))
     optimizer = Muon(params, lr=0.02)
     for i, p in enumerate(params):
         p.grad = None if i == 1 and dist.get_rank() == 1 else torch.ones(8, 6)
@@ -377,7 +381,7 @@ def each_matrix_is_mapped_once(folder: Path, is_ddp: bool) -> None:
         mesh = mesh_of((dist.get_world_size(),))
         full = [torch.randn(shape) for shape in [(8, 6)] * 6 + [(4, 16)] * 6]
         params = [nn.Parameter(t if is_ddp else distribute_tensor(t, mesh, [Shard(0)])) for t in full]
-        module = DistributedDataParallel(Holder([params])) if is_ddp else None
+        module = DistributedDataParallel(Holder(params)) if is_ddp else None
         for p in params:
             p.grad = torch.ones_like(p)
         Muon(params).step()
@@ -413,7 +417,7 @@ def bytes_are_those_of_the_formula(folder: Path, name: str, is_ddp: bool) -> Non
         mesh = mesh_of((ranks,))
         full = [torch.randn(4 * ranks, 6) for _ in range(2 * ranks)]
         params = [nn.Parameter(t if is_ddp else distribute_tensor(t, mesh, [Shard(0)])) for t in full]
-        module = DistributedDataParallel(Holder([params])) if is_ddp else None
+        module = DistributedDataParallel(Holder(params)) if is_ddp else None
         for p in params:
             p.grad = torch.ones_like(p)
         OPTIMIZERS[name](params, map_dtype="bfloat16").step()
@@ -482,6 +486,7 @@ def cases(ranks: int) -> dict[str, Callable[[Path], None]]:
         "not_nesterov": partial(by_rows, name="mud", nesterov=False),
         "off": partial(by_rows, name="muon", distribute="off"),
         "bfloat16_momentum": partial(by_rows, name="muon", momentum_dtype="bfloat16"),
+        "ddp_of_parameters_that_move": ddp_of_parameters_that_move,
         "ddp_of_other_gradients": ddp_of_other_gradients,
         "ddp_one_rank_without_gradient": ddp_of_a_gradient_on_one_rank_only,
         "without_ddp": without_ddp_nothing_is_exchanged,

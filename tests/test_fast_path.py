@@ -4,16 +4,11 @@ import contextlib
 
 import pytest
 import torch
+from optimizers import OPTIMIZERS
 
-from hf_matrix_optim import MUD, AdaMuon, Muon, matrix_optimizer
+from hf_matrix_optim import Muon, matrix_optimizer
 from hf_matrix_optim.kernels import fast_path
 
-OPTIMIZERS = {
-    "muon": Muon,
-    "adamuon": AdaMuon,
-    "adamuon_v1": lambda *args, **kwargs: AdaMuon(*args, variant="v1", **kwargs),
-    "mud": MUD,
-}
 each_optimizer = pytest.mark.parametrize("name", OPTIMIZERS)
 
 

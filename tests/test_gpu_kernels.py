@@ -2,8 +2,9 @@
 
 import pytest
 import torch
+from optimizers import OPTIMIZERS
 
-from hf_matrix_optim import MUD, AdaMuon, Muon
+from hf_matrix_optim import MUD, Muon
 from hf_matrix_optim.decorrelate import decorrelate
 from hf_matrix_optim.kernels import fast_path
 from hf_matrix_optim.kernels.half_maps import Sides
@@ -63,12 +64,6 @@ def heavy_tails(rows: int, columns: int) -> torch.Tensor:
 
 
 INPUTS = [gaussian, low_rank_plus_noise, near_duplicates, zero_vector, power_law, heavy_tails]
-OPTIMIZERS = {
-    "muon": Muon,
-    "adamuon": AdaMuon,
-    "adamuon_v1": lambda *args, **kwargs: AdaMuon(*args, variant="v1", **kwargs),
-    "mud": MUD,
-}
 each_optimizer = pytest.mark.parametrize("name", OPTIMIZERS)
 
 

@@ -6,21 +6,19 @@ import io
 import itertools
 import pickle
 import weakref
+from functools import partial
 
 import pytest
 import torch
+from optimizers import OPTIMIZERS as NAMED_OPTIMIZERS
 from torch import Tensor, nn
 
 from hf_matrix_optim import MUD, AdaMuon, Muon
 
-OPTIMIZERS = {
-    "muon": Muon,
-    "muon_plain": lambda params, *args, **kwargs: Muon(params, *args, **kwargs, nesterov=False),
-    "adamuon": AdaMuon,
-    "adamuon_nesterov": lambda params, *args, **kwargs: AdaMuon(params, *args, **kwargs, nesterov=True),
-    "adamuon_v1": lambda params, *args, **kwargs: AdaMuon(params, *args, **kwargs, variant="v1"),
-    "mud": MUD,
-    "mud_2": lambda params, *args, **kwargs: MUD(params, *args, **kwargs, passes=2),
+OPTIMIZERS = NAMED_OPTIMIZERS | {
+    "muon_plain": partial(Muon, nesterov=False),
+    "adamuon_nesterov": partial(AdaMuon, nesterov=True),
+    "mud_2": partial(MUD, passes=2),
 }
 SHAPES = [(4, 6), (6, 4), (5, 5), (1, 7), (7, 1), (2, 4, 6)]
 

@@ -1,6 +1,7 @@
 """The stages of a round by Triton kernels: float16 on the wire, as in the stacks of one process."""
 
 from collections.abc import Callable
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -13,7 +14,9 @@ from hf_matrix_optim.sharding.plan import MatrixJob
 from hf_matrix_optim.sharding.round_step import RoundStep, RoundTask
 from hf_matrix_optim.stacks import Matrices
 
-Scalars = Callable[[list[float]], Tensor]
+Scalars: TypeAlias = Callable[[list[float]], Tensor]
+#: By positions of the matrices with a gradient: their parameters' views, and the plan made from these.
+KnownStacks: TypeAlias = dict[tuple[int, ...], tuple[list[Tensor], StackPlan]]
 
 
 def can_take(job: MatrixJob, layout: MatrixLayout) -> bool:
@@ -35,15 +38,13 @@ class KernelRound(RoundStep):
     Args:
         task: what is to be done; its exchange is of matrices as they lie in memory.
         rule: the optimizer's.
-        plans: of this round, kept from step to step; changed here.
+        stacks: of this round, kept from step to step; changed here.
         scalars: brings the learning rate and 1 / root, one for all or one a matrix, to the device.
     """
 
-    def __init__(
-        self, task: RoundTask, rule: KernelRule, plans: dict[tuple[int, ...], StackPlan], scalars: Scalars
-    ) -> None:
+    def __init__(self, task: RoundTask, rule: KernelRule, stacks: KnownStacks, scalars: Scalars) -> None:
         super().__init__(task)
-        self.rule, self.plans, self.scalars = rule, plans, scalars
+        self.rule, self.stacks, self.scalars = rule, stacks, scalars
         rows, columns = self.exchange.fans  # of memory
         transposed = task.layout.output_axis == 1
         self.sides = Sides(rows, columns, rows > columns or (rows == columns and transposed))
@@ -114,13 +115,19 @@ class KernelRound(RoundStep):
         return torch.where(rms > 0, 1 / rms, 0).float()
 
     def _plan(self, shape: tuple[int, int, int]) -> StackPlan:
-        """Addresses of this rank's elements; made anew when tensors have moved."""
+        """Addresses of this rank's elements; made anew when tensors, and so their views, are others."""
         stack, key = self.task.stack, tuple(self.task.present)
         first = stack[0]
+        scale = self.task.scale(*self.exchange.plan.jobs[0].fans)
+        params = [entry.param for entry in stack]
+        if key in self.stacks:
+            of, known = self.stacks[key]
+            if known.scale == scale and all(a is b for a, b in zip(of, params, strict=True)):
+                return known
         made = StackPlan(
             Sides(shape[1], shape[2], False),
             first.param.stride(0),
-            self.task.scale(*self.exchange.plan.jobs[0].fans),
+            scale,
             first.param.dtype,
             first.momentum.dtype,
             self.task.device,
@@ -134,10 +141,8 @@ class KernelRound(RoundStep):
                 )
             tensors = (entry.param, entry.momentum, entry.second_moment, entry.lookahead_scale, entry.skipped)
             made.add(i, entry.param.data_ptr(), tensors)
-        known = self.plans.get(key)
-        if known is None or (known.fixed, known.scale) != (made.fixed, made.scale):
-            known = self.plans[key] = made
-        return known
+        self.stacks[key] = params, made
+        return made
 
 
 def _readable(entry: Matrices) -> Tensor:
