@@ -9,8 +9,10 @@ from hf_matrix_optim.matrix_layout import MatrixLayout
 
 logger = logging.getLogger(__name__)
 
+#: Options that say how a step is computed and kept on this machine, not what it is.
+RUN_KEYS = {"kernels", "cuda_graph", "momentum_dtype", "max_workspace_bytes", "distribute"}
 #: Keys that belong to a run, not to what the state means.
-_FREE_KEYS = {"params", "param_names", "lr", "initial_lr", "fused"}
+_FREE_KEYS = {"params", "param_names", "lr", "initial_lr", "fused"} | RUN_KEYS
 #: State that is laid out as its parameter.
 _MOMENTS = {"momentum_buffer", "exp_avg", "exp_avg_sq"}
 

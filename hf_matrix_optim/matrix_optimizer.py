@@ -16,9 +16,11 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
+from hf_matrix_optim import eight_bit_momentum
 from hf_matrix_optim.adamw_group import can_be_fused, step_adamw_group
-from hf_matrix_optim.checkpoint_check import check_checkpoint, check_state
+from hf_matrix_optim.checkpoint_check import RUN_KEYS, check_checkpoint, check_state
 from hf_matrix_optim.distributed_step import DistributedGroup, plan_group
+from hf_matrix_optim.eight_bit_momentum import EIGHT_BIT
 from hf_matrix_optim.group_check import MAP_DTYPES, check_group, parameter_name
 from hf_matrix_optim.group_state import GroupState
 from hf_matrix_optim.kernels.fast_path import FastPath
@@ -210,7 +212,16 @@ class MatrixOptimizer(Optimizer):
             raise RuntimeError(f"kernels='triton' was asked for, but {reason}; or use kernels='auto'")
 
     def _step_lists(self, lists: MatrixLists, layout: MatrixLayout, group: dict[str, Any], step: float) -> None:
-        """Step parameters of one group and device: what the GPU kernels can take by them, the others plainly."""
+        """Step parameters of one group and device, their momenta in float32 or bfloat16 for as long as it takes."""
+        if group["momentum_dtype"] != EIGHT_BIT:
+            self._step_floats(lists, layout, group, step)
+            return
+        states = [self.state[p] for p in lists.params]
+        for part in eight_bit_momentum.in_float_by_parts(lists, states, group["max_workspace_bytes"] // 2):
+            self._step_floats(part, layout, group, step)
+
+    def _step_floats(self, lists: MatrixLists, layout: MatrixLayout, group: dict[str, Any], step: float) -> None:
+        """What the GPU kernels can take by them, the others plainly."""
         reason = self._why_not_kernels(lists.params[0].device, layout, group)
         if reason and group["kernels"] == "triton":
             raise RuntimeError(f"kernels='triton' was asked for, but {reason}; or use kernels='auto'")
@@ -270,9 +281,7 @@ class MatrixOptimizer(Optimizer):
         state: dict[str, Any] = self.state[p]
         if not state:
             state["step"] = torch.tensor(0.0, dtype=torch.float32)
-            state["momentum_buffer"] = torch.zeros_like(
-                p, dtype=_momentum_dtype(p, group), memory_format=torch.preserve_format
-            )
+            state.update(_zero_momentum(p, group))
             if self.has_second_moment:
                 state["exp_avg_sq"] = torch.zeros_like(p, dtype=state_dtype(p), memory_format=torch.preserve_format)
             matrices = layout.matrix_count(tuple(p.shape))
@@ -347,8 +356,9 @@ class MatrixOptimizer(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a checkpoint of the same optimizer over the same parameters; nothing changes if it is refused.
 
-        As in torch, the hyperparameters of the checkpoint are taken over; a warning names each one that differs.
-        Momentum keeps its own dtype, also under bfloat16 parameters, and no tensor is shared with ``state_dict``.
+        As in torch, the hyperparameters of the checkpoint are taken over; a warning names each one that differs. What
+        says how a step is computed and kept here, and not what it is (``RUN_KEYS``), stays this run's. Momentum gets
+        the form that this run asks for, also under bfloat16 parameters; no tensor is shared with ``state_dict``.
 
         Raises:
             ValueError: if the checkpoint comes from another optimizer, lists other parameters, or has state of other
@@ -359,8 +369,10 @@ class MatrixOptimizer(Optimizer):
         owners = [(group, i, p) for group in self.param_groups for i, p in enumerate(group["params"])]
         for saved_id, (group, i, p) in zip(saved_ids, owners, strict=True):
             check_state(state_dict["state"].get(saved_id, {}), p, parameter_name(group, i))
+        of_this_run = [{key: group[key] for key in RUN_KEYS & group.keys()} for group in self.param_groups]
         super().load_state_dict(state_dict)
-        for group in self.param_groups:
+        for group, kept in zip(self.param_groups, of_this_run, strict=True):
+            group.update(kept)
             for key, value in self.defaults.items():  # options that are younger than the checkpoint
                 if key != "differentiable":  # torch's __setstate__ puts it among the defaults
                     group.setdefault(key, value)
@@ -368,17 +380,23 @@ class MatrixOptimizer(Optimizer):
             self.__dict__.pop(name, None)
         parameters = [(p, group) for group in self.param_groups for p in group["params"]]
         for saved_id, (p, group) in zip(saved_ids, parameters, strict=True):
-            for key, value in state_dict["state"].get(saved_id, {}).items():
-                loaded = self.state[p][key]
-                if group["role"] == "matrix":  # torch has cast every tensor but the step to the parameter's dtype
+            saved: dict[str, Any] = state_dict["state"].get(saved_id, {})
+            if not saved:
+                continue
+            # torch has cast every tensor but the step to the parameter's dtype.
+            state: dict[str, Any] = {
+                key: value.clone() if isinstance(value, Tensor) else value for key, value in self.state[p].items()
+            }
+            if group["role"] == "matrix":
+                for key in state.keys() - {"momentum_buffer", "momentum_scale"}:
                     device = torch.device("cpu") if key == "step" else p.device
-                    dtype = value.dtype
-                    if key == "momentum_buffer":
-                        dtype = _momentum_dtype(p, group)
-                    elif key == "exp_avg_sq":
-                        dtype = state_dtype(p)
-                    loaded = value.to(device=device, dtype=dtype)
-                self.state[p][key] = loaded.clone() if isinstance(loaded, Tensor) else loaded
+                    dtype = state_dtype(p) if key == "exp_avg_sq" else saved[key].dtype
+                    state[key] = saved[key].to(device=device, dtype=dtype, copy=True)
+                state.pop("momentum_scale", None)
+                is_eight_bit = group["momentum_dtype"] == EIGHT_BIT
+                dtype = _momentum_dtype(p, group)
+                state.update(eight_bit_momentum.from_checkpoint(saved, p, dtype, as_eight_bit=is_eight_bit))
+            self.state[p] = state
 
 
 def has_fast_bfloat16(device: torch.device) -> bool:
@@ -390,4 +408,17 @@ def has_fast_bfloat16(device: torch.device) -> bool:
 
 
 def _momentum_dtype(p: Tensor, group: dict[str, Any]) -> torch.dtype:
-    return state_dtype(p) if group["momentum_dtype"] == "auto" else torch.bfloat16
+    return torch.bfloat16 if group["momentum_dtype"] == "bfloat16" else state_dtype(p)
+
+
+def _zero_momentum(p: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
+    if group["momentum_dtype"] == EIGHT_BIT:
+        if is_sharded(p):
+            raise RuntimeError(
+                f"momentum_dtype='{EIGHT_BIT}' was asked for, but a parameter of shape {tuple(p.shape)} is in shards: "
+                "use momentum_dtype='bfloat16', or DDP"
+            )
+        if eight_bit_momentum.takes(p):
+            return eight_bit_momentum.zeros_for(p)
+    zeros = torch.zeros_like(p, dtype=_momentum_dtype(p, group), memory_format=torch.preserve_format)
+    return {"momentum_buffer": zeros}

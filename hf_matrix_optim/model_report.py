@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from hf_matrix_optim import eight_bit_momentum
+from hf_matrix_optim.eight_bit_momentum import EIGHT_BIT
 from hf_matrix_optim.options import (
     AdaMuonOptions,
     MatrixOptimizerOptions,
@@ -111,7 +113,7 @@ def _state_lines(name: str, model: nn.Module, options: MatrixOptimizerOptions) -
     """Bytes of optimizer state, as ``MatrixOptimizer`` allocates it."""
     parameters = dict(model.named_parameters())
     elements = {"matrix": 0, "adamw": 0}
-    state_bytes = {"matrix": 0, "adamw": 0}
+    state_bytes = {"matrix": 0.0, "adamw": 0.0}
     adamw_alone = 0
     has_second_moment = OPTIMIZER_CLASSES[name].has_second_moment
     for route in route_parameters(model, partition_options_of(options)):
@@ -119,7 +121,11 @@ def _state_lines(name: str, model: nn.Module, options: MatrixOptimizerOptions) -
             continue
         element_size = parameters[route.name].element_size()
         second_moment_size = torch.promote_types(parameters[route.name].dtype, torch.float32).itemsize
-        momentum_size = second_moment_size if options.momentum_dtype == "auto" else torch.bfloat16.itemsize
+        momentum_size: float = second_moment_size
+        if options.momentum_dtype == "bfloat16":
+            momentum_size = torch.bfloat16.itemsize
+        elif options.momentum_dtype == EIGHT_BIT and eight_bit_momentum.takes(parameters[route.name]):
+            momentum_size = 1 + torch.float32.itemsize / eight_bit_momentum.BLOCK
         elements[route.role] += route.numel
         state_bytes[route.role] += route.numel * (
             momentum_size + has_second_moment * second_moment_size if route.role == "matrix" else 2 * element_size

@@ -35,6 +35,7 @@ LAYERS = {
         "kernels.kernel_round",
     },
     "step": {
+        "eight_bit_momentum",
         "checkpoint_check",
         "group_check",
         "adamw_group",
