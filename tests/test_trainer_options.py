@@ -133,6 +133,36 @@ def test_first_matrix_update_does_not_depend_on_clipping(tmp_path):
 
 
 @each_name
+def test_stock_clipping_does_not_change_the_size_of_a_matrix_update(tmp_path, name):
+    """Over six steps whose gradients are bounded at a hundredth of their norm, and as they are."""
+    sizes = []
+    for bound in (0.01, 0.0):
+        recorder, trainer = recorded_run(
+            tmp_path, optim=name, optim_args="map_dtype=float32", max_grad_norm=bound, weight_decay=0.0
+        )
+        names = [name for group in groups_of(trainer, "matrix") for name in group["param_names"]]
+        sizes.append(
+            torch.tensor(
+                [
+                    [
+                        (recorder.after[t][name] - recorder.before[t][name]).square().mean().sqrt() / rate["matrix"]
+                        for name in names
+                    ]
+                    for t, rate in enumerate(recorder.rates)
+                ]
+            )
+        )
+        largest = max(g.norm().item() for g in recorder.gradients[0].values())
+        assert (largest <= 0.01) == (bound > 0)
+    clipped, free = sizes
+    assert clipped.shape == (6, len(names))
+    # Newton-Schulz leaves singular values between 0.7 and 1.2, so Muon's size depends a little on the direction.
+    torch.testing.assert_close(clipped, free, rtol=0.1 if name == "muon" else 1e-3, atol=0)
+    if name != "muon":
+        torch.testing.assert_close(free, torch.full_like(free, 0.2), rtol=2e-3, atol=0)
+
+
+@each_name
 def test_accumulation_equals_the_large_batch(tmp_path, name):
     """No dropout in this model and rows of one length: one step of two batches of four is one step of eight."""
     runs = []
