@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from hf_matrix_optim import eight_bit_momentum
+from hf_matrix_optim.int8_momentum import INT8
 from hf_matrix_optim.matrix_layout import MatrixLayout
 from hf_matrix_optim.update_scale import UPDATE_SCALES
 
@@ -17,7 +17,7 @@ MAP_DTYPES = {
     "float16": torch.float16,
 }
 KERNELS = ("auto", "torch", "triton")
-MOMENTUM_DTYPES = ("auto", "bfloat16", eight_bit_momentum.EIGHT_BIT)
+MOMENTUM_DTYPES = ("auto", "bfloat16", INT8)
 DISTRIBUTE = ("auto", "off")
 
 
@@ -45,13 +45,11 @@ def check_group(group: dict[str, Any]) -> None:
     _check(group, "map_dtype", lambda value: value in ("auto", *MAP_DTYPES), f"auto, {', '.join(MAP_DTYPES)}")
     _check(group, "kernels", lambda value: value in KERNELS, " or ".join(KERNELS))
     _check(group, "momentum_dtype", lambda value: value in MOMENTUM_DTYPES, " or ".join(MOMENTUM_DTYPES))
-    if group["momentum_dtype"] == eight_bit_momentum.EIGHT_BIT:
-        eight_bit_momentum.quantization()
-        if group["cuda_graph"]:
-            raise ValueError(
-                "cuda_graph=True needs momenta that stay where they are, and 8-bit ones are float32 anew in every "
-                "step: use momentum_dtype='bfloat16', or leave cuda_graph out"
-            )
+    if group["momentum_dtype"] == INT8 and group["cuda_graph"]:
+        raise ValueError(
+            "cuda_graph=True needs momenta that stay where they are, and int8 ones are new in every step: use "
+            "momentum_dtype='bfloat16', or leave cuda_graph out"
+        )
     if group["kernels"] == "triton" and group["map_dtype"] != "auto":
         raise ValueError(
             f"kernels='triton' multiplies in float16 and is for map_dtype='auto', not {group['map_dtype']!r}: use "

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_matrix_optim.eight_bit_momentum import EIGHT_BIT
+from hf_matrix_optim.int8_momentum import INT8
 from hf_matrix_optim.sharding.shard_layout import is_sharded, many_ranks
 from hf_matrix_optim.stacks import MatrixLists
 
@@ -28,8 +28,8 @@ class GroupState:
             if state:
                 state["step"] = view
         self.is_together = len({p.device for p in self.params}) == 1 and not any(map(is_sharded, self.params))
-        is_eight_bit = group["momentum_dtype"] == EIGHT_BIT  # which ranks cannot share: it has no views
-        self.may_share = group["distribute"] == "auto" and not is_eight_bit and many_ranks()
+        is_int8 = group["momentum_dtype"] == INT8  # which ranks cannot share: it has no views
+        self.may_share = group["distribute"] == "auto" and not is_int8 and many_ranks()
 
     def is_of(self, group: dict[str, Any], state_of: dict[Tensor, Any]) -> bool:
         """Whether params and states are those of the optimizer, and every parameter with a gradient has a state."""

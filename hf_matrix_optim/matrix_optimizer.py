@@ -16,13 +16,13 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from hf_matrix_optim import eight_bit_momentum
+from hf_matrix_optim import int8_momentum
 from hf_matrix_optim.adamw_group import can_be_fused, step_adamw_group
 from hf_matrix_optim.checkpoint_check import RUN_KEYS, check_checkpoint, check_state
 from hf_matrix_optim.distributed_step import DistributedGroup, plan_group
-from hf_matrix_optim.eight_bit_momentum import EIGHT_BIT
 from hf_matrix_optim.group_check import MAP_DTYPES, check_group, parameter_name
 from hf_matrix_optim.group_state import GroupState
+from hf_matrix_optim.int8_momentum import INT8
 from hf_matrix_optim.kernels.fast_path import FastPath
 from hf_matrix_optim.kernels.stack_plan import why_not
 from hf_matrix_optim.kernels.stack_step import KernelRule
@@ -213,11 +213,11 @@ class MatrixOptimizer(Optimizer):
 
     def _step_lists(self, lists: MatrixLists, layout: MatrixLayout, group: dict[str, Any], step: float) -> None:
         """Step parameters of one group and device, their momenta in float32 or bfloat16 for as long as it takes."""
-        if group["momentum_dtype"] != EIGHT_BIT:
+        if group["momentum_dtype"] != INT8:
             self._step_floats(lists, layout, group, step)
             return
         states = [self.state[p] for p in lists.params]
-        for part in eight_bit_momentum.in_float_by_parts(lists, states, group["max_workspace_bytes"] // 2):
+        for part in int8_momentum.in_float_by_parts(lists, states, group["max_workspace_bytes"] // 2):
             self._step_floats(part, layout, group, step)
 
     def _step_floats(self, lists: MatrixLists, layout: MatrixLayout, group: dict[str, Any], step: float) -> None:
@@ -393,9 +393,9 @@ class MatrixOptimizer(Optimizer):
                     dtype = state_dtype(p) if key == "exp_avg_sq" else saved[key].dtype
                     state[key] = saved[key].to(device=device, dtype=dtype, copy=True)
                 state.pop("momentum_scale", None)
-                is_eight_bit = group["momentum_dtype"] == EIGHT_BIT
+                is_int8 = group["momentum_dtype"] == INT8
                 dtype = _momentum_dtype(p, group)
-                state.update(eight_bit_momentum.from_checkpoint(saved, p, dtype, as_eight_bit=is_eight_bit))
+                state.update(int8_momentum.from_checkpoint(saved, p, dtype, as_int8=is_int8))
             self.state[p] = state
 
 
@@ -412,13 +412,13 @@ def _momentum_dtype(p: Tensor, group: dict[str, Any]) -> torch.dtype:
 
 
 def _zero_momentum(p: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
-    if group["momentum_dtype"] == EIGHT_BIT:
+    if group["momentum_dtype"] == INT8:
         if is_sharded(p):
             raise RuntimeError(
-                f"momentum_dtype='{EIGHT_BIT}' was asked for, but a parameter of shape {tuple(p.shape)} is in shards: "
+                f"momentum_dtype='{INT8}' was asked for, but a parameter of shape {tuple(p.shape)} is in shards: "
                 "use momentum_dtype='bfloat16', or DDP"
             )
-        if eight_bit_momentum.takes(p):
-            return eight_bit_momentum.zeros_for(p)
+        if int8_momentum.takes(p):
+            return int8_momentum.zeros_for(p)
     zeros = torch.zeros_like(p, dtype=_momentum_dtype(p, group), memory_format=torch.preserve_format)
     return {"momentum_buffer": zeros}

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from hf_matrix_optim import eight_bit_momentum
-from hf_matrix_optim.eight_bit_momentum import EIGHT_BIT
+from hf_matrix_optim import int8_momentum
+from hf_matrix_optim.int8_momentum import INT8
 from hf_matrix_optim.options import (
     AdaMuonOptions,
     MatrixOptimizerOptions,
@@ -124,8 +124,8 @@ def _state_lines(name: str, model: nn.Module, options: MatrixOptimizerOptions) -
         momentum_size: float = second_moment_size
         if options.momentum_dtype == "bfloat16":
             momentum_size = torch.bfloat16.itemsize
-        elif options.momentum_dtype == EIGHT_BIT and eight_bit_momentum.takes(parameters[route.name]):
-            momentum_size = 1 + torch.float32.itemsize / eight_bit_momentum.BLOCK
+        elif options.momentum_dtype == INT8 and int8_momentum.takes(parameters[route.name]):
+            momentum_size = 1 + torch.float32.itemsize / int8_momentum.BLOCK
         elements[route.role] += route.numel
         state_bytes[route.role] += route.numel * (
             momentum_size + has_second_moment * second_moment_size if route.role == "matrix" else 2 * element_size

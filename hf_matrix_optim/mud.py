@@ -42,8 +42,7 @@ class MUD(MatrixOptimizer):
             CUDA GPU with Triton, ``map_dtype="auto"``.
         cuda_graph: replay the kernels' step as one CUDA graph, which holds on to its workspace between steps.
         momentum_dtype: "auto" (float32 for parameters of 32 bits or less), "bfloat16", which halves its memory, or
-            "8bit", a quarter of it: torchao's, float32 while a step works on it (torchao's memory for that comes on
-            top; not for shards).
+            "int8", a quarter of it: blocks with a scale, float32 while a step works on them (not for shards).
         max_workspace_bytes: bound of the temporary stacks of a step, in bytes.
         distribute: "auto" maps each matrix on one rank where several hold it or its shards (DDP, FSDP2, HSDP, tensor
             parallel); "off" maps every matrix on every rank.

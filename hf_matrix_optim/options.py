@@ -41,7 +41,7 @@ class MatrixOptimizerOptions:
         map_dtype: precision of the map from momentum to direction.
         kernels: "triton" for the GPU kernels, "torch" for the plain path, "auto" for the kernels where they apply.
         cuda_graph: replay the kernels' step as one CUDA graph.
-        momentum_dtype: "auto" (float32 for parameters of 32 bits or less), "bfloat16", or "8bit" by torchao.
+        momentum_dtype: "auto" (float32 for parameters of 32 bits or less), "bfloat16" or "int8".
         max_workspace_bytes: bound of the temporary stacks of a step, in bytes.
         distribute: "auto" maps each matrix on one of the ranks that hold it or its shards, "off" on every rank.
     """
@@ -60,7 +60,7 @@ class MatrixOptimizerOptions:
     map_dtype: MapDtype = "auto"
     kernels: Literal["auto", "torch", "triton"] = "auto"
     cuda_graph: bool = False
-    momentum_dtype: Literal["auto", "bfloat16", "8bit"] = "auto"
+    momentum_dtype: Literal["auto", "bfloat16", "int8"] = "auto"
     max_workspace_bytes: int = 2**30
     distribute: Literal["auto", "off"] = "auto"
 

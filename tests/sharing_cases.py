@@ -168,27 +168,27 @@ def ddp_of_parameters_that_move(folder: Path) -> None:
     assert_equal(one_process("muon"), whole_tensors(params, optimizer))
 
 
-def eight_bit_momentum_is_each_ranks_own(folder: Path) -> None:
+def int8_momentum_is_each_ranks_own(folder: Path) -> None:
     """It has no views of single matrices: under DDP every rank steps all of them."""
     both = []
     for is_ddp in (False, True):
         params = [nn.Parameter(torch.randn(64, 64, generator=torch.Generator().manual_seed(i))) for i in range(4)]
         module = DistributedDataParallel(Holder(params)) if is_ddp else None
-        optimizer = Muon(params, lr=0.02, momentum_dtype="8bit")
+        optimizer = Muon(params, lr=0.02, momentum_dtype="int8")
         for step in range(3):
             for i, p in enumerate(params):
                 p.grad = torch.randn(64, 64, generator=torch.Generator().manual_seed(10 * step + i))
             optimizer.step()
         assert (module is None) == (not is_ddp)
         assert "Nothing is shared out" in optimizer.describe_plan()
-        assert optimizer.state[params[0]]["momentum_buffer"].dtype == torch.uint8
+        assert optimizer.state[params[0]]["momentum_buffer"].dtype == torch.int8
         both.append(torch.stack([p.detach() for p in params]))
     assert torch.equal(*both)
 
 
-def eight_bit_momentum_of_shards_is_refused(folder: Path) -> None:
-    with pytest.raises(RuntimeError, match=r"momentum_dtype='8bit' was asked for, .* in shards: use momentum_dtype="):
-        sharded_run("muon", (dist.get_world_size(),), [Shard(0)], momentum_dtype="8bit")
+def int8_momentum_of_shards_is_refused(folder: Path) -> None:
+    with pytest.raises(RuntimeError, match=r"momentum_dtype='int8' was asked for, .* in shards: use momentum_dtype="):
+        sharded_run("muon", (dist.get_world_size(),), [Shard(0)], momentum_dtype="int8")
 
 
 def ddp_of_other_gradients(folder: Path) -> None:
@@ -510,8 +510,8 @@ def cases(ranks: int) -> dict[str, Callable[[Path], None]]:
         "off": partial(by_rows, name="muon", distribute="off"),
         "bfloat16_momentum": partial(by_rows, name="muon", momentum_dtype="bfloat16"),
         "ddp_of_parameters_that_move": ddp_of_parameters_that_move,
-        "eight_bit_ddp": eight_bit_momentum_is_each_ranks_own,
-        "eight_bit_shards": eight_bit_momentum_of_shards_is_refused,
+        "int8_ddp": int8_momentum_is_each_ranks_own,
+        "int8_shards": int8_momentum_of_shards_is_refused,
         "ddp_of_other_gradients": ddp_of_other_gradients,
         "ddp_one_rank_without_gradient": ddp_of_a_gradient_on_one_rank_only,
         "without_ddp": without_ddp_nothing_is_exchanged,

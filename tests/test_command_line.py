@@ -196,7 +196,7 @@ def test_explain_follows_the_options() -> None:
     assert "| `transformer.h.*.mlp.c_fc.weight` (12) | 768 x 3072 | adamw |" in whole
 
 
-@pytest.mark.parametrize("momentum_dtype", ["auto", "bfloat16", "8bit"])
+@pytest.mark.parametrize("momentum_dtype", ["auto", "bfloat16", "int8"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", OPTIMIZER_NAMES)
 def test_explain_counts_the_bytes_that_the_optimizer_keeps(

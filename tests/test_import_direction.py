@@ -35,7 +35,7 @@ LAYERS = {
         "kernels.kernel_round",
     },
     "step": {
-        "eight_bit_momentum",
+        "int8_momentum",
         "checkpoint_check",
         "group_check",
         "adamw_group",

@@ -1,8 +1,6 @@
 """Momentum in 8 bits between steps: what it is worth, what it costs in exactness, checkpoints, refusals."""
 
-import importlib.util
 import io
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,9 +12,8 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer
 
 from hf_matrix_optim import Muon
-from hf_matrix_optim.eight_bit_momentum import SLICE, from_checkpoint, in_float, quantize_into, zeros_for
+from hf_matrix_optim.int8_momentum import SLICE, from_checkpoint, in_float, quantize_into, zeros_for
 
-needs_torchao = pytest.mark.skipif(importlib.util.find_spec("torchao") is None, reason="torchao is not installed")
 each_optimizer = pytest.mark.parametrize("name", OPTIMIZERS)
 SHAPES = [(96, 64), (64, 128), (2, 64, 64), (64, 128), (7, 5)]  # the last is too small
 
@@ -47,11 +44,10 @@ def stored_bytes(state: dict) -> int:
     return sum(state[key].nbytes for key in ("momentum_buffer", "momentum_scale") if key in state)
 
 
-@needs_torchao
 @each_optimizer
 def test_a_quarter_of_the_memory_and_nearly_the_same_steps(name):
     exact, exact_params = build(name)
-    rounded, rounded_params = build(name, momentum_dtype="8bit")
+    rounded, rounded_params = build(name, momentum_dtype="int8")
     start = [p.detach().clone() for p in exact_params]
     for optimizer, params in ((exact, exact_params), (rounded, rounded_params)):
         run(optimizer, params, range(6))
@@ -63,10 +59,9 @@ def test_a_quarter_of_the_memory_and_nearly_the_same_steps(name):
     assert torch.equal(exact_params[-1], rounded_params[-1])
 
 
-@needs_torchao
 def test_the_momentum_is_the_recursion_up_to_half_a_level():
     """M = beta Q(M) + G in float64, and each element is stored to within the coarsest level of its block's scale."""
-    optimizer, params = build("muon", momentum_dtype="8bit")
+    optimizer, params = build("muon", momentum_dtype="int8")
     p = params[0]
     before = torch.zeros(p.shape, dtype=torch.float64)
     for step in range(4):
@@ -75,11 +70,10 @@ def test_the_momentum_is_the_recursion_up_to_half_a_level():
         before = in_float(optimizer.state[p]).double()
         scale = expected.abs().view(-1, 256).amax(1, keepdim=True)
         error = (before - expected).abs().view(-1, 256) / scale
-        assert error.max() < 0.0075  # levels near 1 lie 0.9 / 64 apart
+        assert error.max() < 0.008  # levels near 1 lie 2 / 127 apart
         assert error.max() > 1e-3
 
 
-@needs_torchao
 def test_slices_of_a_large_momentum_are_quantised_as_the_whole():
     values = torch.randn(3, 2 * SLICE // 3 // 256 * 256, generator=torch.Generator().manual_seed(0))
     assert values.numel() > SLICE
@@ -92,37 +86,35 @@ def test_slices_of_a_large_momentum_are_quantised_as_the_whole():
         assert torch.equal(of_row["momentum_scale"], state["momentum_scale"].view(3, -1)[i])
 
 
-@needs_torchao
 @each_optimizer
 def test_a_small_workspace_changes_nothing(name):
-    large, large_params = build(name, momentum_dtype="8bit")
-    small, small_params = build(name, momentum_dtype="8bit", max_workspace_bytes=1)
+    large, large_params = build(name, momentum_dtype="int8")
+    small, small_params = build(name, momentum_dtype="int8", max_workspace_bytes=1)
     for optimizer, params in ((large, large_params), (small, small_params)):
         run(optimizer, params, range(3))
     for p, q in zip(large_params, small_params, strict=True):
         torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-7)
 
 
-@needs_torchao
 def test_a_gradient_that_is_not_finite_leaves_weights_alone_and_is_counted():
-    optimizer, params = build("muon", momentum_dtype="8bit")
+    optimizer, params = build("muon", momentum_dtype="int8")
     run(optimizer, params, range(2))
     before, momentum = params[0].detach().clone(), in_float(optimizer.state[params[0]])
+    assert momentum.abs().max() > 0
     for p in params:
         p.grad = torch.full_like(p, float("nan"))
     optimizer.step()
     assert torch.equal(params[0], before)
     assert optimizer.state[params[0]]["skipped"].item() == 1
     after = in_float(optimizer.state[params[0]])
-    assert (after - momentum).abs().max() < 0.0075 * momentum.abs().max()  # rounded once more
+    assert torch.equal(after, momentum)
 
 
-@needs_torchao
 @each_optimizer
 def test_a_run_goes_on_bitwise_from_its_checkpoint(name):
-    optimizer, params = build(name, momentum_dtype="8bit")
+    optimizer, params = build(name, momentum_dtype="int8")
     run(optimizer, params, range(3))
-    resumed, resumed_params = build(name, momentum_dtype="8bit")
+    resumed, resumed_params = build(name, momentum_dtype="int8")
     resumed.load_state_dict(in_file(optimizer.state_dict()))
     for p, q in zip(params, resumed_params, strict=True):
         q.data.copy_(p)
@@ -132,9 +124,8 @@ def test_a_run_goes_on_bitwise_from_its_checkpoint(name):
     assert all(torch.equal(p, q) for p, q in zip(params, resumed_params, strict=True))
 
 
-@needs_torchao
-@pytest.mark.parametrize("written", ["auto", "bfloat16", "8bit"])
-@pytest.mark.parametrize("read", ["auto", "bfloat16", "8bit"])
+@pytest.mark.parametrize("written", ["auto", "bfloat16", "int8"])
+@pytest.mark.parametrize("read", ["auto", "bfloat16", "int8"])
 def test_a_checkpoint_is_read_in_the_form_that_the_run_asks_for(written, read, caplog):
     writer, params = build("adamuon", momentum_dtype=written)
     run(writer, params, range(2))
@@ -142,13 +133,13 @@ def test_a_checkpoint_is_read_in_the_form_that_the_run_asks_for(written, read, c
     reader.load_state_dict(in_file(writer.state_dict()))
     assert caplog.text == ""
     assert reader.param_groups[0]["momentum_dtype"] == read
-    kinds = {"auto": torch.float32, "bfloat16": torch.bfloat16, "8bit": torch.uint8}
+    kinds = {"auto": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
     for i, (p, q) in enumerate(zip(params, own_params, strict=True)):
         is_small = i == len(params) - 1
         found = reader.state[q]["momentum_buffer"].dtype
-        assert found == (torch.float32 if is_small and read == "8bit" else kinds[read])
+        assert found == (torch.float32 if is_small and read == "int8" else kinds[read])
         values = [in_float(state).float() for state in (writer.state[p], reader.state[q])]
-        assert (values[0] - values[1]).abs().max() <= 0.0075 * values[0].abs().max()
+        assert (values[0] - values[1]).abs().max() <= 0.008 * values[0].abs().max()
     run(reader, own_params, range(2, 3))
 
 
@@ -163,7 +154,6 @@ def test_what_says_how_a_step_is_computed_stays_the_runs_own():
     run(reader, params, range(1))
 
 
-@needs_torchao
 def test_through_trainer_and_its_checkpoints(tmp_path: Path):
     def trainer(folder: str) -> Trainer:
         torch.manual_seed(0)
@@ -171,7 +161,7 @@ def test_through_trainer_and_its_checkpoints(tmp_path: Path):
         args = arguments(
             tmp_path / folder,
             optim="adamuon",
-            optim_args="momentum_dtype=8bit",
+            optim_args="momentum_dtype=int8",
             save_strategy="steps",
             save_steps=3,
         )
@@ -180,7 +170,7 @@ def test_through_trainer_and_its_checkpoints(tmp_path: Path):
     whole, resumed = trainer("whole"), trainer("resumed")
     whole.train()
     momenta = [state["momentum_buffer"] for state in optimizer_of(whole).state.values() if "momentum_buffer" in state]
-    assert torch.uint8 in {momentum.dtype for momentum in momenta}
+    assert torch.int8 in {momentum.dtype for momentum in momenta}
     resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"))
     expected = state_tensors(whole.model, optimizer_of(whole))
     found = state_tensors(resumed.model, optimizer_of(resumed))
@@ -189,28 +179,31 @@ def test_through_trainer_and_its_checkpoints(tmp_path: Path):
         assert torch.equal(tensor, found[key]), key
 
 
-@needs_torchao
 def test_a_float64_parameter_keeps_float64_momentum():
     p = nn.Parameter(torch.ones(64, 64, dtype=torch.float64))
-    optimizer = Muon([p], lr=0.01, momentum_dtype="8bit")
+    optimizer = Muon([p], lr=0.01, momentum_dtype="int8")
     p.grad = torch.eye(64, dtype=torch.float64)
     optimizer.step()
     assert optimizer.state[p]["momentum_buffer"].dtype == torch.float64
-    loaded = from_checkpoint(optimizer.state[p], p, torch.float64, as_eight_bit=True)
+    loaded = from_checkpoint(optimizer.state[p], p, torch.float64, as_int8=True)
     assert loaded["momentum_buffer"].dtype == torch.float64
 
 
-@needs_torchao
+@pytest.mark.parametrize("size", [1e-20, 1.0, 1e20])
+def test_all_sizes_are_kept_alike(size):
+    values = torch.randn(64, 64, generator=torch.Generator().manual_seed(0)) * size
+    values[3] = 0
+    state = zeros_for(values)
+    quantize_into(state, values)
+    error = (in_float(state).double() - values.double()).abs().view(-1, 256)
+    scale = values.abs().double().view(-1, 256).amax(1, keepdim=True)
+    assert (error <= 0.008 * scale).all()
+    assert (in_float(state)[3] == 0).all()
+    again = zeros_for(values)
+    quantize_into(again, in_float(state))
+    assert torch.equal(again["momentum_buffer"], state["momentum_buffer"])
+
+
 def test_a_graph_is_refused():
     with pytest.raises(ValueError, match=r"cuda_graph=True needs momenta that stay .* use momentum_dtype='bfloat16'"):
-        build("muon", momentum_dtype="8bit", cuda_graph=True)
-
-
-def test_without_torchao_it_is_refused_with_the_remedy(monkeypatch):
-    from hf_matrix_optim import eight_bit_momentum
-
-    monkeypatch.setitem(sys.modules, "torchao.optim", None)
-    eight_bit_momentum.quantization.cache_clear()
-    with pytest.raises(ImportError, match=r"needs torchao .*pip install torchao, or use momentum_dtype='bfloat16'"):
-        build("muon", momentum_dtype="8bit")
-    eight_bit_momentum.quantization.cache_clear()
+        build("muon", momentum_dtype="int8", cuda_graph=True)
