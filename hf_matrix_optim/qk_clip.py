@@ -12,7 +12,7 @@ that method returns the same function behind a look at its arguments.
 
 import functools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -49,12 +49,10 @@ class _Watch:
     Attributes:
         projections: its query and key rows.
         max_logits: (heads,), the largest finite logit of each head since the last clip; -inf before the first.
-        seen: whether the module has ever attended in training.
     """
 
     projections: AttentionProjections
     max_logits: Tensor
-    seen: bool = False
 
 
 @dataclass(frozen=True)
@@ -149,25 +147,28 @@ class QKClip:
 
     @torch.no_grad()
     def clip(self) -> None:
-        """Scale the projections of the heads beyond the threshold, and begin to look anew; no device waits for it.
+        """Scale the projections of the heads beyond the threshold, and begin to look anew.
+
+        The host does not wait for the device, but for a check after the first step.
 
         Raises:
-            RuntimeError: if a module has never called transformers' attention interface in training.
+            RuntimeError: if no attention logit was seen before the first step.
         """
         watches = [site.watch for site in self._sites]
-        if not all(watch.seen for watch in watches):
-            self._refuse_unseen()
         device = self._largest.device
         largest = torch.cat([watch.max_logits.to(device) for watch in watches])
+        is_first = self._groups is None
         if self._groups is None:
             self._groups = data_parallel_groups([p for site in self._sites for p in site.parameters()])
         largest = largest_over(largest, self._groups)
+        of_modules = torch.split(largest, [len(watch.max_logits) for watch in watches])
+        if is_first:
+            self._check_seen(of_modules)
         is_over = (largest > self.threshold) & largest.isfinite()
         factors = torch.where(is_over, self.threshold / largest, 1.0)
         self._largest = torch.maximum(self._largest, largest.max())
         self._clips += is_over.sum()
-        heads = [len(watch.max_logits) for watch in watches]
-        for site, own in zip(self._sites, torch.split(factors, heads), strict=True):
+        for site, own in zip(self._sites, torch.split(factors, [len(own) for own in of_modules]), strict=True):
             site.scale(own)
             site.watch.max_logits.fill_(-torch.inf)
 
@@ -184,15 +185,28 @@ class QKClip:
         report = {} if largest == float("-inf") else {"qk_clip/max_logit": largest}
         return {**report, "qk_clip/clipped_heads": clips}
 
-    def _refuse_unseen(self) -> None:
-        unseen = [site.projections for site in self._sites if not site.watch.seen]
-        names = ", ".join(found.name for found in unseen[:3])
-        raise RuntimeError(
-            f"qk_clip has seen no attention logits in training of {names}"
-            f"{'' if len(unseen) <= 3 else f' and {len(unseen) - 3} more'} ({type(unseen[0].module).__name__}): the "
-            "model is in evaluation mode (call model.train()), it does not use these layers (freeze them), or its "
-            f"attention goes another way than transformers' interface: {_REMEDY}"
-        )
+    def _check_seen(self, largest: Sequence[Tensor]) -> None:
+        """After the first step: raise if no module, warn if only some, had a finite logit.
+
+        Args:
+            largest: of each module, (heads,).
+        """
+        unseen = [site.projections for site, own in zip(self._sites, largest, strict=True) if not own.isfinite().any()]
+        if len(unseen) == len(self._sites):
+            raise RuntimeError(
+                f"qk_clip has seen no finite attention logit in training, of {len(unseen)} modules "
+                f"({type(unseen[0].module).__name__}): the model was in evaluation mode (call model.train()), there "
+                "was no forward before the step, or its attention goes another way than transformers' interface: "
+                f"{_REMEDY}"
+            )
+        if unseen:
+            logger.warning(
+                "qk_clip saw no attention logits of %d of %d modules before the first step, the first of them %s; they "
+                "are clipped from the step on in which they attend",
+                len(unseen),
+                len(self._sites),
+                unseen[0].name,
+            )
 
 
 @dataclass
@@ -437,7 +451,6 @@ def _look(
     if watch.max_logits.device != query.device:
         watch.max_logits = watch.max_logits.to(query.device)
     scaling = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
-    watch.seen = True
     raise_to_largest_logits(
         watch.max_logits, query.detach(), key.detach(), None if mask is None else mask.detach(), scaling, causal
     )
