@@ -30,7 +30,7 @@ from hf_matrix_optim.attention_projections import (
     projections_of,
 )
 from hf_matrix_optim.flattening import refuse_flattened
-from hf_matrix_optim.sharding.largest import data_parallel_groups, largest_over, scale_rows
+from hf_matrix_optim.sharding.largest import data_parallel_groups, largest_over, refuse_tensor_parallel, scale_rows
 
 #: Bound of the logits that are in memory at once while the largest is looked for; one query row at least.
 MAX_LOGITS_BYTES = 2**27
@@ -201,8 +201,8 @@ class QKClip:
             )
         if unseen:
             logger.warning(
-                "qk_clip saw no attention logits of %d of %d modules before the first step, the first of them %s; they "
-                "are clipped from the step on in which they attend",
+                "qk_clip saw no attention logits of %d of %d modules before the first step, the first of them %s; "
+                "they are clipped from the step on in which they attend",
                 len(unseen),
                 len(self._sites),
                 unseen[0].name,
@@ -303,6 +303,7 @@ def _clippable(model: nn.Module) -> list[AttentionProjections]:
             )
     for projections in found:
         _refuse_implementation(projections)
+        refuse_tensor_parallel(projections.query.owner.weight, projections.query.name)  # type: ignore[arg-type]
     return found
 
 

@@ -14,23 +14,25 @@ def data_parallel_groups(parameters: Sequence[Tensor]) -> list[Any]:
     """Process groups whose ranks train these parameters together on different data, each once.
 
     DistributedDataParallel's for plain tensors, those of each dimension of the mesh for DTensors.
-
-    Raises:
-        NotImplementedError: for DTensors that tensor parallelism cuts, naming the mesh.
     """
     groups: dict[int, Any] = {}
     for parameter in parameters:
         if is_sharded(parameter):
             mesh = parameter.device_mesh  # type: ignore[attr-defined]
-            names = mesh.mesh_dim_names or ()
-            if "tp" in names:
-                raise NotImplementedError(
-                    f"weights are cut over the device mesh {names}, so ranks have different heads"
-                )
             groups |= {id(group): group for group in map(mesh.get_group, range(mesh.ndim))}
     plain = [parameter for parameter in parameters if not is_sharded(parameter)]
     groups |= {id(ranks.group): ranks.group for ranks in ranks_of_ddp(plain) if ranks is not None}
     return list(groups.values())
+
+
+def refuse_tensor_parallel(weight: Tensor, name: str) -> None:
+    """Raise NotImplementedError for a DTensor that tensor parallelism cuts: ranks have different heads."""
+    names = (weight.device_mesh.mesh_dim_names or ()) if is_sharded(weight) else ()  # type: ignore[attr-defined]
+    if "tp" in names:
+        raise NotImplementedError(
+            f"qk_clip does not run under tensor parallelism, and {name} is cut over the device mesh {names}: use FSDP2 "
+            "or DDP, or leave qk_clip out"
+        )
 
 
 def largest_over(values: Tensor, groups: Sequence[Any]) -> Tensor:
