@@ -508,8 +508,8 @@ def _largest_logits(query: Tensor, key: Tensor, mask: Tensor | None, causal: boo
         logits = chunk @ key[:, :, :last].mT
         logits = logits.view(logits.shape[0], kv_heads, groups, stop - start, last)
         if causal:
-            after = torch.ones(stop - start, last, dtype=torch.bool, device=query.device).triu(start + 1)
-            logits.masked_fill_(after, -torch.inf)
+            after = torch.ones(stop - start, max(0, last - start), dtype=torch.bool, device=query.device).triu(1)
+            logits[..., start:].masked_fill_(after, -torch.inf)
         if mask is not None:
             part = mask if mask.shape[2] == 1 else mask[:, :, start:stop]
             by_head = (kv_heads, groups) if mask.shape[1] == heads else (1, 1)

@@ -226,15 +226,17 @@ MASKS: dict[str, Any] = {
 @pytest.mark.parametrize("kv_heads", [6, 2, 1])
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("cap", [qk_clip.MAX_LOGITS_BYTES, 3000, 1])
-def test_chunks_and_masks_against_the_whole_product(monkeypatch, kv_heads, mask, cap):
+@pytest.mark.parametrize("keys", [13, 5])
+def test_chunks_and_masks_against_the_whole_product(monkeypatch, kv_heads, mask, cap, keys):
     torch.manual_seed(0)
-    query, key = torch.randn(2, 6, 9, 4), torch.randn(2, kv_heads, 13, 4)
+    query, key = torch.randn(2, 6, 9, 4), torch.randn(2, kv_heads, keys, 4)
     logits = query @ key.repeat_interleave(6 // kv_heads, dim=1).mT * 0.5
     tensor = MASKS[mask]()
     causal = tensor is None
     if causal:
-        allowed = torch.ones(9, 13, dtype=torch.bool).tril()
+        allowed = torch.ones(9, keys, dtype=torch.bool).tril()
     else:
+        tensor = tensor[..., :keys]
         allowed = tensor if tensor.dtype == torch.bool else tensor > MASKED
     expected = torch.where(allowed, logits, -torch.inf).amax(dim=(0, 2, 3))
     found = torch.full((6,), -torch.inf)

@@ -27,11 +27,12 @@ def data_parallel_groups(parameters: Sequence[Tensor]) -> list[Any]:
 
 def refuse_tensor_parallel(weight: Tensor, name: str) -> None:
     """Raise NotImplementedError for a DTensor that tensor parallelism cuts: ranks have different heads."""
-    names = (weight.device_mesh.mesh_dim_names or ()) if is_sharded(weight) else ()  # type: ignore[attr-defined]
+    mesh = getattr(weight, "device_mesh", None)
+    names = () if mesh is None else mesh.mesh_dim_names or ()
     if "tp" in names:
         raise NotImplementedError(
-            f"qk_clip does not run under tensor parallelism, and {name} is cut over the device mesh {names}: use FSDP2 "
-            "or DDP, or leave qk_clip out"
+            f"qk_clip does not run under tensor parallelism, and {name} is cut over the device mesh {names}: use "
+            "FSDP2 or DDP, or leave qk_clip out"
         )
 
 
