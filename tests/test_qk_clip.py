@@ -138,6 +138,37 @@ def test_the_largest_logits_are_those_of_eager_attention(name):
                 torch.testing.assert_close(found, largest_of(logits), rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize(
+    "name", ["llama", "gemma", "mixtral", "roberta", "bart", "whisper", "wav2vec2", "vit", "clip_classifier"]
+)
+def test_other_families(name, attention):
+    """Encoder-decoders with cross-attention, speech and vision, in float32."""
+    model = large_model(name).float()
+    model.config.layerdrop = 0.0  # which leaves out layers at random
+    model.config.apply_spec_augment = False
+    if name in ("vit", "clip_classifier"):
+        batch = {"pixel_values": torch.randn(2, 3, 16, 16)}
+    elif name == "wav2vec2":
+        batch = {"input_values": torch.randn(2, 400)}
+    elif name == "whisper":
+        length = 2 * model.config.max_source_positions
+        batch = {
+            "input_features": torch.randn(2, model.config.num_mel_bins, length),
+            "decoder_input_ids": random_tokens(2, 9),
+        }
+    else:
+        batch = inputs(model)
+    with eager_logits() as expected:
+        model(**batch)
+    model.set_attn_implementation(attention)
+    with attached(model, 1e9, still(model)) as clip:
+        model(**batch)
+        assert len(clip._sites) == len(expected)
+        for found, logits in zip(seen(clip), expected, strict=True):
+            torch.testing.assert_close(found, largest_of(logits), rtol=1e-3, atol=1e-4)
+
+
 def test_it_keeps_the_largest_of_micro_batches_and_does_not_look_at_evaluation():
     model = large_model("qwen2", "sdpa")
     batches = [inputs(model, seed) for seed in (1, 2, 3)]
