@@ -512,6 +512,13 @@ def test_micro_batches_clip_as_one_batch(tmp_path):
         assert one == pytest.approx(other, rel=1e-3)
 
 
+def test_autocast_to_bfloat16(tmp_path):
+    single = trained(tmp_path, optim="muon", optim_args="qk_clip=0.5")
+    mixed = trained(tmp_path, optim="muon", optim_args="qk_clip=0.5", bf16=True)
+    assert logged(mixed, "qk_clip/max_logit")[0] == pytest.approx(logged(single, "qk_clip/max_logit")[0], rel=0.02)
+    assert logged(mixed, "qk_clip/clipped_heads")[0] > 0
+
+
 def test_options_as_a_dataclass_where_the_import_hook_is_off(tmp_path, monkeypatch):
     monkeypatch.setattr(registration, "accepted_names", {})
     monkeypatch.setattr("hf_matrix_optim.trainer.accepted_names", {})
@@ -765,3 +772,31 @@ def test_scaling_makes_logits_of_the_projections(name):
     expected = query @ key.mT * found.scaling
     kept = logits[0] > MASKED
     torch.testing.assert_close(logits[0][kept], expected[kept])
+
+
+# ---- on a GPU ----
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_on_a_gpu_nothing_waits_and_the_logits_are_those_of_the_cpu(dtype):
+    torch.manual_seed(0)
+    query, key = torch.randn(2, 4, 300, 32), torch.randn(2, 2, 300, 32)
+    query, key = query.to(dtype), key.to(dtype)
+    expected, found = torch.full((4,), -torch.inf), torch.full((4,), -torch.inf, device="cuda")
+    raise_to_largest_logits(expected, query.float(), key.float(), None, 0.2, True)
+    model = large_model("qwen2", "sdpa").to("cuda", torch.float32)
+    batch = {"input_ids": inputs(model)["input_ids"].cuda()}
+    with attached(model, 0.5, still(model)) as clip:
+        model(**batch)
+        clip._optimizer.step()  # the check of the first step may wait
+        query, key = query.cuda(), key.cuda()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            raise_to_largest_logits(found, query, key, None, 0.2, True)
+            clip.clip()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        assert clip.drain()["qk_clip/clipped_heads"] > 0
+    torch.testing.assert_close(found.cpu(), expected, rtol=1e-2 if dtype == torch.bfloat16 else 2e-3, atol=0)
