@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from hf_matrix_optim.mud import MUD
     from hf_matrix_optim.muon import Muon
     from hf_matrix_optim.partition import PartitionOptions, explain, param_groups_for
+    from hf_matrix_optim.qk_clip import QKClip
     from hf_matrix_optim.registry import create_optimizer
     from hf_matrix_optim.trainer import MatrixTrainer
 
@@ -27,6 +28,7 @@ _HOMES = {
     "Muon": "muon",
     "MatrixTrainer": "trainer",
     "PartitionOptions": "partition",
+    "QKClip": "qk_clip",
     "create_optimizer": "registry",
     "deepspeed_config": "deepspeed_configuration",
     "explain": "partition",
@@ -39,6 +41,7 @@ __all__ = [
     "MatrixTrainer",
     "Muon",
     "PartitionOptions",
+    "QKClip",
     "create_optimizer",
     "deepspeed_config",
     "explain",

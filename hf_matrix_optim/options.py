@@ -44,6 +44,8 @@ class MatrixOptimizerOptions:
         momentum_dtype: "auto" (float32 for parameters of 32 bits or less), "bfloat16" or "int8".
         max_workspace_bytes: bound of the temporary stacks of a step, in bytes.
         distribute: "auto" maps each matrix on one of the ranks that hold it or its shards, "off" on every rank.
+        qk_clip: threshold of attention logits, above 0, beyond which a head's query and key projections are scaled
+            down after a step (``qk_clip.QKClip``); None leaves them alone.
     """
 
     matrix_lr: float | None = None
@@ -63,6 +65,7 @@ class MatrixOptimizerOptions:
     momentum_dtype: Literal["auto", "bfloat16", "int8"] = "auto"
     max_workspace_bytes: int = 2**30
     distribute: Literal["auto", "off"] = "auto"
+    qk_clip: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

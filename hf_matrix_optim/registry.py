@@ -54,10 +54,12 @@ def create_optimizer(
         weight_decay: of weights, not of norms and biases, at least 0.
         betas: of the AdamW groups, each in [0, 1).
         eps: of the AdamW groups, at least 0.
-        options: ``MuonOptions`` for "muon", and so on; None takes the defaults.
+        options: ``MuonOptions`` for "muon", and so on; None takes the defaults. With ``qk_clip`` the model's attention
+            is watched from now on; ``optimizer.qk_clip`` is the ``QKClip``.
 
     Raises:
-        ValueError: for an unknown name, a value out of range, or a model with nothing to orthogonalise.
+        ValueError: for an unknown name, a value out of range, a model with nothing to orthogonalise, or ``qk_clip``
+            for attention that cannot be clipped.
         NotImplementedError: under DeepSpeed ZeRO and FSDP1.
     """
     optimizer_class, kwargs = optimizer_class_and_kwargs(
@@ -65,6 +67,10 @@ def create_optimizer(
     )
     optimizer: MatrixOptimizer = optimizer_class(**kwargs)
     optimizer.asked_options = OPTIONS_CLASSES[name]() if options is None else options
+    if optimizer.asked_options.qk_clip is not None:
+        from hf_matrix_optim.qk_clip import QKClip  # which imports transformers' models
+
+        QKClip(model, optimizer.asked_options.qk_clip).attach(optimizer)
     return optimizer
 
 
@@ -81,7 +87,8 @@ def optimizer_class_and_kwargs(
 ) -> tuple[type[Any], dict[str, Any]]:
     """Return an optimizer's class and all its arguments, the param groups as ``params``.
 
-    Logs how many parameters go where, one line at INFO.
+    ``options.qk_clip`` is checked and is not among the arguments: ``qk_clip.QKClip`` is what does it. Logs how many
+    parameters go where, one line at INFO.
 
     Args:
         name, model, lr, weight_decay, betas, eps, options: as in ``create_optimizer``.
@@ -97,6 +104,8 @@ def optimizer_class_and_kwargs(
         raise ValueError(f"options of {name!r} must be {options_class.__name__}, not {type(options).__name__}")
     if options.matrix_lr is not None and not 0 <= options.matrix_lr < float("inf"):
         raise ValueError(f"matrix_lr={options.matrix_lr} is not allowed: it must be at least 0 and finite")
+    if options.qk_clip is not None and not 0 < options.qk_clip < float("inf"):
+        raise ValueError(f"qk_clip={options.qk_clip} is not allowed: the threshold must be above 0 and finite")
 
     partition_options = partition_options_of(options)
     groups = param_groups_for(
@@ -111,7 +120,7 @@ def optimizer_class_and_kwargs(
                 group["lr"] = options.matrix_lr
     logger.info("optim=%s: %s", name, summary(route_parameters(model, partition_options)))
 
-    routing_keys = {"matrix_lr", *vars(partition_options)}
+    routing_keys = {"matrix_lr", "qk_clip", *vars(partition_options)}
     kwargs: dict[str, Any] = {key: value for key, value in vars(options).items() if key not in routing_keys}
     if name in VARIANTS:
         kwargs["variant"] = VARIANTS[name]

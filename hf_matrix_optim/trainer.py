@@ -19,6 +19,7 @@ from hf_matrix_optim.options import (
     MatrixOptimizerOptions,
 )
 from hf_matrix_optim.partition import explain
+from hf_matrix_optim.qk_clip_callback import QKClipCallback
 from hf_matrix_optim.registration import accepted_names, options_asked_for
 from hf_matrix_optim.registry import (
     optimizer_class_and_kwargs_from_arguments,
@@ -101,6 +102,9 @@ class MatrixTrainerMixin(_TrainerBelow):
             if value is not None:
                 self.args = copy.copy(self.args)
                 self.args.optim = type(self.args.optim)(value)
+        if not any(isinstance(callback, QKClipCallback) for callback in self.callback_handler.callbacks):
+            # Where the import hook is off. First, for the callbacks that report come after it.
+            self.callback_handler.callbacks.insert(0, QKClipCallback())
         self._first_optim = self.args.optim
         self._matrix_learning_rate = _MatrixLearningRate()
         self.add_callback(self._matrix_learning_rate)

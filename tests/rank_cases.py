@@ -25,10 +25,12 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from transformers import Trainer
 
 from hf_matrix_optim import MatrixTrainer, create_optimizer
 from hf_matrix_optim.options import OPTIONS_CLASSES, MuonOptions
+from hf_matrix_optim.qk_clip import QKClip
 
 STEPS = 6
 #: Without biases, whose gradients are nothing but rounding where softmax cancels them.
@@ -353,6 +355,80 @@ def checkpoint_resumes(folder: Path, name: str) -> None:
     assert_close_to(expected, full_state(alone, alone_optimizer))
 
 
+# ---- QK-Clip ----
+
+
+def clipped(model: nn.Module, rows: slice, optimizer: torch.optim.Optimizer, clip: QKClip) -> dict[str, float]:
+    """Three steps on some of 4 rows a step; what was clipped in them."""
+    for step in range(3):
+        tokens = torch.randint(3, 96, (4, 12), generator=torch.Generator().manual_seed(step))[rows]
+        model(input_ids=tokens, labels=tokens).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    report = clip.drain()
+    clip.detach()
+    return report
+
+
+def qk_clip_equals_one_process(folder: Path, engine: str) -> None:
+    """The logits of both ranks' rows count on both. 27 rows of 3 heads: FSDP2 cuts through a head, unevenly."""
+    sizes = {"hidden_size": 27, "num_attention_heads": 3, "word_embed_proj_dim": 27, "dropout": 0.0}
+    models = [tiny_model("opt", **sizes) for _ in range(2)]
+    with torch.no_grad():
+        for model in models:
+            for name, parameter in model.named_parameters():
+                parameter *= 12 if "q_proj" in name or "k_proj" in name else 1
+    choice = MuonOptions(map_dtype="float32", qk_clip=0.3)
+    optimizer = create_optimizer("muon", models[0], lr=1e-3, eps=1e-5, options=choice)
+    expected = clipped(models[0], slice(None), optimizer, optimizer.qk_clip)
+    assert 6 <= expected["qk_clip/clipped_heads"] < 18
+
+    trained = models[1]
+    if engine == "ddp":
+        trained = nn.parallel.DistributedDataParallel(trained)
+    else:
+        shape, names = ((2, 1), ("replicate", "shard")) if engine == "hsdp" else ((2,), ("shard",))
+        mesh = init_device_mesh("cpu", shape, mesh_dim_names=names)
+        for layer in trained.model.decoder.layers:
+            fully_shard(layer, mesh=mesh)
+        fully_shard(trained, mesh=mesh)
+    sharded_optimizer = create_optimizer("muon", trained, lr=1e-3, eps=1e-5, options=choice)
+    assert all(isinstance(p, DTensor) == (engine != "ddp") for p in trained.parameters())
+    half = slice(0, 2) if dist.get_rank() == 0 else slice(2, 4)
+    found = clipped(trained, half, sharded_optimizer, sharded_optimizer.qk_clip)
+    assert found["qk_clip/clipped_heads"] == expected["qk_clip/clipped_heads"]
+    torch.testing.assert_close(found["qk_clip/max_logit"], expected["qk_clip/max_logit"], rtol=1e-4, atol=0)
+    tensors = full_state(models[1], sharded_optimizer)
+    assert_same_on_all_ranks(tensors)
+    assert_close_to(full_state(models[0], optimizer), tensors)
+
+
+def qk_clip_refuses_tensor_parallel(folder: Path) -> None:
+    model = tiny_model("llama")
+    mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("tp",))
+    for layer in model.model.layers:
+        styles = {"self_attn.q_proj": ColwiseParallel(), "self_attn.k_proj": ColwiseParallel()}
+        parallelize_module(layer, mesh, styles)
+    with pytest.raises(NotImplementedError, match=r"cut over the device mesh \('tp',\)"):
+        QKClip(model, 100.0)
+
+
+def trainer_fsdp2_qk_clip_equals_ddp(folder: Path) -> None:
+    values = {"optim": "muon", "optim_args": "map_dtype=float32,qk_clip=0.01"}
+    trainer = fsdp2_training(folder, "FULL_STATE_DICT", **values)
+    found = full_state(trainer.model, optimizer_of(trainer))
+    assert_same_on_all_ranks(found)
+    ddp = Trainer(
+        tiny_model(DDP_MODEL), arguments(folder, **{**DDP_ARGUMENTS, **values}), train_dataset=token_rows(48)
+    )
+    ddp.train()
+    assert_close_to(full_state(ddp.model, optimizer_of(ddp)), found)
+    for one, other in zip(trainer.state.log_history[:STEPS], ddp.state.log_history[:STEPS], strict=True):
+        assert one["qk_clip/clipped_heads"] == other["qk_clip/clipped_heads"]
+        assert one["qk_clip/clipped_heads"] > 0
+        torch.testing.assert_close(one["qk_clip/max_logit"], other["qk_clip/max_logit"], rtol=1e-4, atol=0)
+
+
 CASES: dict[str, Callable[[Path], None]] = {
     **{f"ddp_{name}": partial(ddp_training, name=name) for name in OPTIMIZER_NAMES},
     "ddp_resume": ddp_resume,
@@ -365,6 +441,9 @@ CASES: dict[str, Callable[[Path], None]] = {
     "trainer_fsdp2_clip_adamw_only": partial(trainer_fsdp2_equals_ddp, clip="adamw_only"),
     "trainer_fsdp2_resumes_full": partial(trainer_fsdp2_resumes, state_dict_type="FULL_STATE_DICT"),
     "trainer_fsdp2_resumes_sharded": partial(trainer_fsdp2_resumes, state_dict_type="SHARDED_STATE_DICT"),
+    **{f"qk_clip_{engine}": partial(qk_clip_equals_one_process, engine=engine) for engine in ("ddp", "fsdp", "hsdp")},
+    "qk_clip_refuses_tensor_parallel": qk_clip_refuses_tensor_parallel,
+    "trainer_fsdp2_qk_clip": trainer_fsdp2_qk_clip_equals_ddp,
     "trainer_refuses_fsdp1": trainer_refuses_fsdp1,
     **{f"checkpoint_zero_step_{name}": partial(checkpoint_zero_step, name=name) for name in OPTIMIZER_NAMES},
     **{f"checkpoint_resumes_{name}": partial(checkpoint_resumes, name=name) for name in OPTIMIZER_NAMES},

@@ -12,7 +12,7 @@ PACKAGE = ROOT / "hf_matrix_optim"
 LAYERS = {
     "engines": {"flattening"},
     "math": {"newton_schulz", "decorrelate", "update_scale", "matrix_layout"},
-    "partition": {"fused_layouts", "model_places", "parameter_routing", "partition"},
+    "partition": {"fused_layouts", "attention_projections", "model_places", "parameter_routing", "partition"},
     "stacks": {"stacks"},
     "ranks": {
         "sharding",
@@ -22,6 +22,7 @@ LAYERS = {
         "sharding.round_step",
         "sharding.guard",
         "sharding.full_tensor",
+        "sharding.largest",
     },
     "kernels": {
         "kernels",
@@ -46,7 +47,17 @@ LAYERS = {
         "matrix_optimizer",
     },
     "rules": {"muon", "adamuon", "mud"},
-    "hook": {"options", "deepspeed_configuration", "registry", "registration", "tripwire", "import_hook", "trainer"},
+    "hook": {
+        "options",
+        "deepspeed_configuration",
+        "qk_clip",
+        "qk_clip_callback",
+        "registry",
+        "registration",
+        "tripwire",
+        "import_hook",
+        "trainer",
+    },
     "root": {""},
     "cli": {"child_processes", "launcher", "enable", "doctor", "model_report", "__main__"},
 }
