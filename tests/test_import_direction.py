@@ -50,6 +50,7 @@ LAYERS = {
     "hook": {
         "options",
         "deepspeed_configuration",
+        "attention_logits",
         "qk_clip",
         "qk_clip_callback",
         "registry",

@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from transformers import Trainer
 from transformers.modeling_utils import AttentionInterface
 
-from hf_matrix_optim import MatrixTrainer, create_optimizer, qk_clip, registration
+from hf_matrix_optim import MatrixTrainer, attention_logits, create_optimizer, registration
+from hf_matrix_optim.attention_logits import raise_to_largest_logits
 from hf_matrix_optim.attention_projections import UnknownAttentionError, attention_modules, projections_of
 from hf_matrix_optim.options import AdaMuonOptions, MuonOptions
-from hf_matrix_optim.qk_clip import QKClip, raise_to_largest_logits
+from hf_matrix_optim.qk_clip import QKClip
 from hf_matrix_optim.qk_clip_callback import QKClipCallback
 
 #: Every layout: Conv1D, grouped queries, a window, biases, a query scaled in the forward, fused parts, interleaving.
@@ -256,7 +257,7 @@ MASKS: dict[str, Any] = {
 
 @pytest.mark.parametrize("kv_heads", [6, 2, 1])
 @pytest.mark.parametrize("mask", MASKS)
-@pytest.mark.parametrize("cap", [qk_clip.MAX_LOGITS_BYTES, 3000, 1])
+@pytest.mark.parametrize("cap", [attention_logits.MAX_LOGITS_BYTES, 3000, 1])
 @pytest.mark.parametrize("keys", [13, 5])
 def test_chunks_and_masks_against_the_whole_product(monkeypatch, kv_heads, mask, cap, keys):
     torch.manual_seed(0)
@@ -271,7 +272,7 @@ def test_chunks_and_masks_against_the_whole_product(monkeypatch, kv_heads, mask,
         allowed = tensor if tensor.dtype == torch.bool else tensor > MASKED
     expected = torch.where(allowed, logits, -torch.inf).amax(dim=(0, 2, 3))
     found = torch.full((6,), -torch.inf)
-    monkeypatch.setattr(qk_clip, "MAX_LOGITS_BYTES", cap)
+    monkeypatch.setattr(attention_logits, "MAX_LOGITS_BYTES", cap)
     raise_to_largest_logits(found, query, key, tensor, 0.5, causal)
     torch.testing.assert_close(found, expected)
     raise_to_largest_logits(found, query * 0.1, key, tensor, 0.5, causal)
@@ -288,7 +289,7 @@ def test_chunks_stay_below_the_cap(monkeypatch):
         return amax(self, *args, **kwargs)
 
     monkeypatch.setattr(Tensor, "amax", recorded)
-    monkeypatch.setattr(qk_clip, "MAX_LOGITS_BYTES", 20_000)
+    monkeypatch.setattr(attention_logits, "MAX_LOGITS_BYTES", 20_000)
     raise_to_largest_logits(torch.zeros(4), torch.randn(2, 4, 50, 8), torch.randn(2, 2, 60, 8), None, 1.0, False)
     assert 10_000 < largest <= 20_000
 
@@ -533,9 +534,9 @@ def test_with_the_hook_there_is_one_callback_and_nothing_is_left_after_training(
     trainer = trained(tmp_path, MatrixTrainer, optim="muon", optim_args="qk_clip=0.5")
     assert len([c for c in trainer.callback_handler.callbacks if isinstance(c, QKClipCallback)]) == 1
     assert not hasattr(optimizer_of(trainer), "qk_clip")
-    assert not any(qk_clip._WATCH in vars(module) for module in trainer.model.modules())
+    assert not any(attention_logits._WATCH in vars(module) for module in trainer.model.modules())
     trainer.train()  # once more, with another optimizer
-    assert not any(qk_clip._WATCH in vars(module) for module in trainer.model.modules())
+    assert not any(attention_logits._WATCH in vars(module) for module in trainer.model.modules())
 
 
 def test_a_training_that_fails_leaves_nothing_to_the_next(tmp_path):
@@ -728,9 +729,11 @@ def test_ways_to_spread_a_model(tmp_path):
     with attached(model, 100.0, still(model)) as clip:
         look = clip._sites[0].watch
         with pytest.raises(RuntimeError, match="expects 4 query and 2 key heads .* and sees 2 and 1"):
-            qk_clip._look(look, torch.zeros(1, 2, 3, 8), torch.zeros(1, 1, 3, 8), None, is_sdpa=True)
+            attention_logits._look(look, torch.zeros(1, 2, 3, 8), torch.zeros(1, 1, 3, 8), None, is_sdpa=True)
         with pytest.raises(ValueError, match=r"does not know the attention mask .* Tensor\(2, 3\)"):
-            qk_clip._look(look, torch.zeros(1, 4, 3, 8), torch.zeros(1, 2, 3, 8), torch.ones(2, 3), is_sdpa=False)
+            attention_logits._look(
+                look, torch.zeros(1, 4, 3, 8), torch.zeros(1, 2, 3, 8), torch.ones(2, 3), is_sdpa=False
+            )
 
 
 def test_a_model_whose_attention_is_never_seen():
