@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from hf_matrix_optim.deepspeed_configuration import deepspeed_config
     from hf_matrix_optim.mud import MUD
     from hf_matrix_optim.muon import Muon
+    from hf_matrix_optim.optimizer_diagnostics import OptimizerDiagnostics
     from hf_matrix_optim.partition import PartitionOptions, explain, param_groups_for
     from hf_matrix_optim.registry import create_optimizer
     from hf_matrix_optim.trainer import MatrixTrainer
@@ -26,6 +27,7 @@ _HOMES = {
     "MUD": "mud",
     "Muon": "muon",
     "MatrixTrainer": "trainer",
+    "OptimizerDiagnostics": "optimizer_diagnostics",
     "PartitionOptions": "partition",
     "create_optimizer": "registry",
     "deepspeed_config": "deepspeed_configuration",
@@ -38,6 +40,7 @@ __all__ = [
     "AdaMuon",
     "MatrixTrainer",
     "Muon",
+    "OptimizerDiagnostics",
     "PartitionOptions",
     "create_optimizer",
     "deepspeed_config",

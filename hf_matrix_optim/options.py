@@ -44,6 +44,8 @@ class MatrixOptimizerOptions:
         momentum_dtype: "auto" (float32 for parameters of 32 bits or less) or "bfloat16".
         max_workspace_bytes: bound of the temporary stacks of a step, in bytes.
         distribute: "auto" maps each matrix on one of the ranks that hold it or its shards, "off" on every rank.
+        diagnostics: Trainer measures every so many optimizer steps and logs it; 0: never.
+        diagnostics_per_layer: it also logs one value for each matrix and attention module.
     """
 
     matrix_lr: float | None = None
@@ -63,6 +65,8 @@ class MatrixOptimizerOptions:
     momentum_dtype: Literal["auto", "bfloat16"] = "auto"
     max_workspace_bytes: int = 2**30
     distribute: Literal["auto", "off"] = "auto"
+    diagnostics: int = 0
+    diagnostics_per_layer: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -57,9 +57,16 @@ def create_optimizer(
         options: ``MuonOptions`` for "muon", and so on; None takes the defaults.
 
     Raises:
-        ValueError: for an unknown name, a value out of range, or a model with nothing to orthogonalise.
+        ValueError: for an unknown name, a value out of range, a model with nothing to orthogonalise, or
+            ``options.diagnostics``, which is for Trainer.
         NotImplementedError: under DeepSpeed ZeRO and FSDP1.
     """
+    if options is not None and options.diagnostics:
+        raise ValueError(
+            f"diagnostics={options.diagnostics} is logged by Trainer, and create_optimizer makes an optimizer without "
+            "one: in a loop of your own, put hf_matrix_optim.OptimizerDiagnostics around optimizer.step(); with "
+            "Trainer, use --optim_args or MatrixTrainer(diagnostics_steps=...)"
+        )
     optimizer_class, kwargs = optimizer_class_and_kwargs(
         name, model, lr=lr, weight_decay=weight_decay, betas=betas, eps=eps, options=options
     )
@@ -97,6 +104,7 @@ def optimizer_class_and_kwargs(
         raise ValueError(f"options of {name!r} must be {options_class.__name__}, not {type(options).__name__}")
     if options.matrix_lr is not None and not 0 <= options.matrix_lr < float("inf"):
         raise ValueError(f"matrix_lr={options.matrix_lr} is not allowed: it must be at least 0 and finite")
+    check_diagnostics(options)
 
     partition_options = partition_options_of(options)
     groups = param_groups_for(
@@ -111,12 +119,23 @@ def optimizer_class_and_kwargs(
                 group["lr"] = options.matrix_lr
     logger.info("optim=%s: %s", name, summary(route_parameters(model, partition_options)))
 
-    routing_keys = {"matrix_lr", *vars(partition_options)}
+    routing_keys = {"matrix_lr", "diagnostics", "diagnostics_per_layer", *vars(partition_options)}
     kwargs: dict[str, Any] = {key: value for key, value in vars(options).items() if key not in routing_keys}
     if name in VARIANTS:
         kwargs["variant"] = VARIANTS[name]
     kwargs.update(lr=lr, weight_decay=weight_decay, betas=betas, adamw_eps=eps, params=RoutedGroups(groups))
     return OPTIMIZER_CLASSES[name], kwargs
+
+
+def check_diagnostics(options: MatrixOptimizerOptions) -> None:
+    """Raise ValueError if the options of the diagnostics mean nothing."""
+    steps = options.diagnostics
+    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 0:
+        raise ValueError(
+            f"diagnostics={steps!r} must be a whole number of optimizer steps: 50 measures every 50th, 0 never"
+        )
+    if options.diagnostics_per_layer and not steps:
+        raise ValueError("diagnostics_per_layer=True needs diagnostics, every how many optimizer steps to measure: 50")
 
 
 def partition_options_of(options: MatrixOptimizerOptions) -> PartitionOptions:
