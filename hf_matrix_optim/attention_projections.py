@@ -116,7 +116,7 @@ class AttentionProjections:
 def _largest_norm(projection: Projection, input_norm: nn.Module, head_norm: nn.Module | None, whole: Whole) -> Tensor:
     """Largest length of a query or key, (heads,)."""
     if head_norm is not None:
-        length = projection.head_dim**0.5 * _wide(whole(_weight_of(head_norm))).abs().max()
+        length: Tensor = projection.head_dim**0.5 * _wide(whole(_weight_of(head_norm))).abs().max()
         return length.expand(projection.heads)
     weight, bias = projection.rows(whole)
     gain: Tensor | None = getattr(input_norm, "weight", None)

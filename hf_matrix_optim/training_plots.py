@@ -122,8 +122,10 @@ def draw_plots(source: Path, output: Path | None = None) -> list[Path]:
         raise PlotError("plots are drawn by matplotlib: pip install 'hf-matrix-optim[plots]'") from None
     matplotlib.use("Agg")
 
-    training = {name: pictures.pop(name) for name in ("loss", "learning_rate") if name in pictures}
-    panels = {"training": training} if training else {}
+    training: dict[str, dict[str, Line]] = {
+        name: pictures.pop(name) for name in ("loss", "learning_rate") if name in pictures
+    }
+    panels: dict[str, dict[str, dict[str, Line]]] = {"training": training} if training else {}
     panels |= {name: {name: pictures[name]} for name in FAMILIES if name in pictures}
     files = [output / f"{name}.png" for name in panels]
     for file in files:
