@@ -130,11 +130,12 @@ class OptimizerDiagnostics:
             )
         self.optimizer = optimizer
         self.per_layer = per_layer
-        self._attention, left_out = find_attention_projections(model)
-        for class_name, reason in left_out.items():
+        self._model = model
+        for class_name, reason in find_attention_projections(model)[1].items():
             logger.info("diagnostics: no bound of the attention logits for %s: %s", class_name, reason)
         self._before: list[_Stack] = []
         self._adamw_before: dict[int, list[Tensor]] = {}
+        self._adamw_elements = 0
         self._rates: list[Any] = []
         self._marks: dict[str, Any] = {}
         self._reading: _Reading | None = None
@@ -183,11 +184,12 @@ class OptimizerDiagnostics:
         self._marks["end"] = self._mark()
         groups = self.optimizer.param_groups
         matrices = [matrix for stack in self._before for matrix in stack.matrices]
+        attention, _ = find_attention_projections(self._model)  # anew, for engines exchange parameters
         reading = _Reading(
             matrices=matrices,
             has_gradient=[groups[m.group]["params"][m.index].grad is not None for m in matrices],
             rates=[None if isinstance(rate, Tensor) else rate for rate in self._rates],
-            attention=[projections.name for projections in self._attention],
+            attention=[projections.name for projections in attention],
             events=self._marks,
         )
         self._marks = {}
@@ -201,8 +203,8 @@ class OptimizerDiagnostics:
             if isinstance(rate, Tensor):
                 reading.numbers[f"rate_{i}"] = rate.flatten()
         self._add_sums(reading, groups)
-        if self._attention:
-            bounds = [projections.logit_bound(whole_of).max() for projections in self._attention]
+        if attention:
+            bounds = [projections.logit_bound(whole_of).max() for projections in attention]
             reading.numbers["attention"] = torch.stack([bound.to(bounds[0].device) for bound in bounds])
         self._reading = reading
 
