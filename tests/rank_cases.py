@@ -267,9 +267,8 @@ def trainer_fsdp2_diagnostics(folder: Path) -> None:
     """FSDP2 and DDP log the same, also the bound of the attention logits, and on every rank."""
     values = {"optim": "muon", "optim_args": "map_dtype=float32,diagnostics=3", "weight_decay": 0.1}
     histories = [fsdp2_training(folder, "FULL_STATE_DICT", **values).state.log_history]
-    ddp = Trainer(
-        tiny_model(DDP_MODEL), arguments(folder, **{**DDP_ARGUMENTS, **values}), train_dataset=token_rows(48)
-    )
+    args = arguments(folder, **{**DDP_ARGUMENTS, **values})
+    ddp = MatrixTrainer(tiny_model(DDP_MODEL), args, train_dataset=token_rows(48))
     ddp.train()
     histories.append(ddp.state.log_history)
     logs = [[entry for entry in history if "diagnostics/step" in entry] for history in histories]

@@ -85,7 +85,7 @@ def over_shards(values: Tensor, tensor: Tensor, reduction: str) -> Tensor:
     Args:
         values: any shape, the same on all ranks.
         tensor: where they are from.
-        reduction: "sum" over the shards, each counted once whatever copies of it there are; or "max" over all ranks.
+        reduction: "sum" or "max" over the shards, each counted once whatever copies of it there are.
     """
     if not is_sharded(tensor):
         return values
@@ -93,7 +93,7 @@ def over_shards(values: Tensor, tensor: Tensor, reduction: str) -> Tensor:
 
     mesh = tensor.device_mesh  # type: ignore[attr-defined]
     placements = [
-        Replicate() if reduction == "sum" and placement.is_replicate() else Partial(reduction)
+        Replicate() if placement.is_replicate() else Partial(reduction)
         for placement in tensor.placements  # type: ignore[attr-defined]
     ]
     reduced: Tensor = DTensor.from_local(values, mesh, placements, run_check=False).full_tensor()
