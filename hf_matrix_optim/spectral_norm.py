@@ -5,8 +5,8 @@ from torch import Tensor
 
 from hf_matrix_optim.newton_schulz import largest_magnitude
 
-#: Products with a matrix and its transpose: within 3 % of the spectral norm on random matrices, mostly within 1 %.
-KRYLOV_STEPS = 12
+#: Products with a matrix and its transpose: within 2 % of the spectral norm on random matrices, mostly within 0.5 %.
+KRYLOV_STEPS = 16
 #: Squarings of a Gram matrix: its 256th power.
 SQUARINGS = 8
 
@@ -15,14 +15,14 @@ def frobenius_and_spectral_norm(x: Tensor, *, steps: int = KRYLOV_STEPS) -> tupl
     """Frobenius norm, and the spectral norm by power iteration from a fixed random vector.
 
     All vectors of the iteration are kept as a bidiagonal matrix (Golub and Kahan), whose spectral norm is the largest
-    ||X v|| of all combinations v of them: as near in 12 steps as the last vector alone in 50.
+    ||X v|| of all combinations v of them: as near in 16 steps as the last vector alone in 60.
 
     Args:
         x: (b, fan_out, fan_in), floating; not modified.
         steps: products with ``x`` and its transpose, at least 1.
 
     Returns:
-        (b,) and (b,) in ``x.dtype``. The spectral norm is a lower bound up to rounding; with 12 steps at most some 3 %
+        (b,) and (b,) in ``x.dtype``. The spectral norm is a lower bound up to rounding; with 16 steps at most some 2 %
         too low where the largest singular values lie dense, as in random matrices, and exact to 0.1 % where the
         largest stands out. 0 for a zero matrix, NaN for one that is not finite. The global random state is neither
         read nor moved.
@@ -35,16 +35,16 @@ def frobenius_and_spectral_norm(x: Tensor, *, steps: int = KRYLOV_STEPS) -> tupl
         x = x.mT
     tiny = torch.finfo(x.dtype).tiny
     generator = torch.Generator(device=x.device).manual_seed(0)
-    start = torch.randn(x.size(-1), 1, dtype=x.dtype, device=x.device, generator=generator)
-    v = (start / torch.linalg.vector_norm(start)).expand(x.size(0), -1, -1)
-    u = x.new_zeros(x.size(0), x.size(-2), 1)
+    start = torch.randn(1, x.size(-1), dtype=x.dtype, device=x.device, generator=generator)
+    v = (start / torch.linalg.vector_norm(start)).expand(x.size(0), -1, -1)  # rows: ten times as fast on CPUs
+    u = x.new_zeros(x.size(0), 1, x.size(-2))
     above = x.new_zeros(x.size(0), 1, 1)
     diagonal, superdiagonal = [], []
     for _ in range(steps):
-        u = x @ v - above * u
+        u = v @ x.mT - above * u
         length = torch.linalg.vector_norm(u, dim=(-2, -1), keepdim=True)
         u = u / length.clamp_min(tiny)
-        v = x.mT @ u - length * v
+        v = u @ x - length * v
         above = torch.linalg.vector_norm(v, dim=(-2, -1), keepdim=True)
         v = v / above.clamp_min(tiny)
         diagonal.append(length.flatten())

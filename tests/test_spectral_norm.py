@@ -26,13 +26,13 @@ def matrices(kind: str, *shape: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("kind", ["random", "rank_1", "power_law", "equal", "two"])
 @pytest.mark.parametrize("shape", [(6, 64, 256), (6, 256, 64), (3, 128, 128), (4, 2, 9)], ids=str)
-def test_spectral_norm_is_a_lower_bound_within_three_percent(kind, shape):
+def test_spectral_norm_is_a_lower_bound_within_two_percent(kind, shape):
     x = matrices(kind, *shape)
     exact = torch.linalg.matrix_norm(x.double(), 2)
     frobenius, spectral = frobenius_and_spectral_norm(x)
     torch.testing.assert_close(frobenius.double(), x.double().flatten(1).norm(dim=1), rtol=1e-5, atol=0)
     assert (spectral <= exact * (1 + 1e-5)).all()
-    assert (spectral >= exact * (0.97 if kind == "random" else 0.998)).all()
+    assert (spectral >= exact * (0.98 if kind == "random" else 0.998)).all()
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1e30])
