@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from hf_matrix_optim.deepspeed_configuration import deepspeed_config
     from hf_matrix_optim.mud import MUD
     from hf_matrix_optim.muon import Muon
+    from hf_matrix_optim.optimizer_diagnostics import OptimizerDiagnostics
     from hf_matrix_optim.partition import PartitionOptions, explain, param_groups_for
     from hf_matrix_optim.qk_clip import QKClip
     from hf_matrix_optim.registry import create_optimizer
@@ -27,6 +28,7 @@ _HOMES = {
     "MUD": "mud",
     "Muon": "muon",
     "MatrixTrainer": "trainer",
+    "OptimizerDiagnostics": "optimizer_diagnostics",
     "PartitionOptions": "partition",
     "QKClip": "qk_clip",
     "create_optimizer": "registry",
@@ -40,6 +42,7 @@ __all__ = [
     "AdaMuon",
     "MatrixTrainer",
     "Muon",
+    "OptimizerDiagnostics",
     "PartitionOptions",
     "QKClip",
     "create_optimizer",

@@ -4,6 +4,7 @@ import argparse
 import difflib
 import os
 import sys
+from pathlib import Path
 
 from hf_matrix_optim import import_hook
 from hf_matrix_optim.enable import EnableError, disable, enable
@@ -11,12 +12,13 @@ from hf_matrix_optim.launcher import run_module, run_script
 from hf_matrix_optim.options import OPTIMIZER_NAMES
 
 PROGRAM = "python -m hf_matrix_optim"
-SUBCOMMANDS = ("explain", "doctor", "enable", "disable")
+SUBCOMMANDS = ("explain", "plots", "doctor", "enable", "disable")
 
 USAGE = f"""\
 usage: {PROGRAM} SCRIPT [ARGUMENTS...]
        {PROGRAM} -m MODULE [ARGUMENTS...]
        {PROGRAM} explain MODEL_OR_CONFIG [--optim NAME] [--optim_args ARGS]
+       {PROGRAM} plots RUN_FOLDER_OR_STATE [--output FOLDER]
        {PROGRAM} doctor | enable | disable
 
 Runs a training script unchanged, with --optim muon, adamuon, adamuon_v1 and mud in every Hugging Face Trainer.
@@ -24,6 +26,7 @@ Runs a training script unchanged, with --optim muon, adamuon, adamuon_v1 and mud
   SCRIPT, -m MODULE   what python itself would run; also below torchrun -m and accelerate launch -m
   explain             which parameters of a model become matrices, and why; nothing is downloaded for a local
                       config.json or a model type
+  plots               loss, learning rates and diagnostics of a run as PNGs, from its trainer_state.json
   doctor              versions, and whether --optim works here and why not
   enable              accept the names in every script of this environment, without the launcher
   disable             undo enable
@@ -93,6 +96,28 @@ def _subcommand(name: str, arguments: list[str]) -> int:
             try:
                 print(model_report(parsed.model, parsed.optim, parsed.optim_args))
             except (ModelSourceError, ValueError) as error:
+                return _fail(str(error))
+        case "plots":
+            parser.description = (
+                "Draw loss and learning rates of a run over its steps, and its diagnostics (--optim_args "
+                "diagnostics=50), as PNGs. Earlier ones are replaced, other files are not."
+            )
+            parser.epilog = f"examples:\n  {parser.prog} out/run\n  {parser.prog} trainer_state.json --output figures"
+            parser.add_argument(
+                "source",
+                type=Path,
+                metavar="RUN_FOLDER_OR_STATE",
+                help="a trainer_state.json, or the folder of a run, of whose checkpoints the newest is read",
+            )
+            parser.add_argument(
+                "--output", type=Path, metavar="FOLDER", help="where to write (default: plots in the run's folder)"
+            )
+            parsed = parser.parse_args(arguments)
+            from hf_matrix_optim.training_plots import PlotError, draw_plots
+
+            try:
+                print("\n".join(map(str, draw_plots(parsed.source, parsed.output))))
+            except PlotError as error:
                 return _fail(str(error))
         case "doctor":
             parser.description = "Print versions, the device, and whether --optim works here and why not."

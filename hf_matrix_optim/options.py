@@ -46,6 +46,8 @@ class MatrixOptimizerOptions:
         distribute: "auto" maps each matrix on one of the ranks that hold it or its shards, "off" on every rank.
         qk_clip: threshold of attention logits, above 0, beyond which a head's query and key projections are scaled
             down after a step (``qk_clip.QKClip``); None leaves them alone.
+        diagnostics: Trainer measures every so many optimizer steps and logs it; 0: never.
+        diagnostics_per_layer: it also logs one value for each matrix and attention module.
     """
 
     matrix_lr: float | None = None
@@ -66,6 +68,8 @@ class MatrixOptimizerOptions:
     max_workspace_bytes: int = 2**30
     distribute: Literal["auto", "off"] = "auto"
     qk_clip: float | None = None
+    diagnostics: int = 0
+    diagnostics_per_layer: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

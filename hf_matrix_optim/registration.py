@@ -34,11 +34,12 @@ def register(module: ModuleType) -> None:
             add_handlers(module._OPTIMIZER_HANDLERS)
             module._parse_optim_args = split_optim_args  # type: ignore[attr-defined]
         case "transformers.trainer":
+            from hf_matrix_optim.diagnostics import DiagnosticsCallback
             from hf_matrix_optim.qk_clip_callback import QKClipCallback
             from hf_matrix_optim.tripwire import OptimizerTripwire
 
             module._parse_optim_args = split_optim_args  # type: ignore[attr-defined]
-            for callback in (OptimizerTripwire, QKClipCallback):
+            for callback in (OptimizerTripwire, QKClipCallback, DiagnosticsCallback):
                 if callback not in module.DEFAULT_CALLBACKS:
                     module.DEFAULT_CALLBACKS.append(callback)
 

@@ -33,6 +33,8 @@ OPTIMIZER_CLASSES: dict[str, type[MatrixOptimizer]] = {
     "mud": MUD,
 }
 VARIANTS = {"adamuon": "v2", "adamuon_v1": "v1"}
+#: Options that others than the optimizer honour: ``qk_clip`` and ``diagnostics``.
+NOT_THE_OPTIMIZERS = ("qk_clip", "diagnostics", "diagnostics_per_layer")
 
 
 def create_optimizer(
@@ -58,10 +60,16 @@ def create_optimizer(
             is watched from now on; ``optimizer.qk_clip`` is the ``QKClip``.
 
     Raises:
-        ValueError: for an unknown name, a value out of range, a model with nothing to orthogonalise, or ``qk_clip``
-            for attention that cannot be clipped.
+        ValueError: for an unknown name, a value out of range, a model with nothing to orthogonalise, ``qk_clip`` for
+            attention that cannot be clipped, or ``options.diagnostics``, which is for Trainer.
         NotImplementedError: under DeepSpeed ZeRO and FSDP1.
     """
+    if options is not None and options.diagnostics:
+        raise ValueError(
+            f"diagnostics={options.diagnostics} is logged by Trainer, and create_optimizer makes an optimizer without "
+            "one: in a loop of your own, put hf_matrix_optim.OptimizerDiagnostics around optimizer.step(); with "
+            "Trainer, use --optim_args or MatrixTrainer(diagnostics_steps=...)"
+        )
     optimizer_class, kwargs = optimizer_class_and_kwargs(
         name, model, lr=lr, weight_decay=weight_decay, betas=betas, eps=eps, options=options
     )
@@ -106,6 +114,7 @@ def optimizer_class_and_kwargs(
         raise ValueError(f"matrix_lr={options.matrix_lr} is not allowed: it must be at least 0 and finite")
     if options.qk_clip is not None and not 0 < options.qk_clip < float("inf"):
         raise ValueError(f"qk_clip={options.qk_clip} is not allowed: the threshold must be above 0 and finite")
+    check_diagnostics(options)
 
     partition_options = partition_options_of(options)
     groups = param_groups_for(
@@ -120,12 +129,23 @@ def optimizer_class_and_kwargs(
                 group["lr"] = options.matrix_lr
     logger.info("optim=%s: %s", name, summary(route_parameters(model, partition_options)))
 
-    routing_keys = {"matrix_lr", "qk_clip", *vars(partition_options)}
+    routing_keys = {"matrix_lr", *NOT_THE_OPTIMIZERS, *vars(partition_options)}
     kwargs: dict[str, Any] = {key: value for key, value in vars(options).items() if key not in routing_keys}
     if name in VARIANTS:
         kwargs["variant"] = VARIANTS[name]
     kwargs.update(lr=lr, weight_decay=weight_decay, betas=betas, adamw_eps=eps, params=RoutedGroups(groups))
     return OPTIMIZER_CLASSES[name], kwargs
+
+
+def check_diagnostics(options: MatrixOptimizerOptions) -> None:
+    """Raise ValueError if the options of the diagnostics mean nothing."""
+    steps = options.diagnostics
+    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 0:
+        raise ValueError(
+            f"diagnostics={steps!r} must be a whole number of optimizer steps: 50 measures every 50th, 0 never"
+        )
+    if options.diagnostics_per_layer and not steps:
+        raise ValueError("diagnostics_per_layer=True needs diagnostics, every how many optimizer steps to measure: 50")
 
 
 def partition_options_of(options: MatrixOptimizerOptions) -> PartitionOptions:

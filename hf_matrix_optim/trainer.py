@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from transformers import Trainer, TrainerCallback
 
+from hf_matrix_optim.diagnostics import DiagnosticsCallback
 from hf_matrix_optim.flattening import refuse_flattened
 from hf_matrix_optim.matrix_optimizer import MatrixOptimizer
 from hf_matrix_optim.options import (
@@ -62,6 +63,7 @@ class MatrixTrainerMixin(_TrainerBelow):
         *args: Any,
         optimizer_options: MatrixOptimizerOptions | None = None,
         clip: ClipPolicy = "all",
+        diagnostics_steps: int | None = None,
         **kwargs: Any,
     ) -> None:
         """Make a trainer; ``args`` and ``kwargs`` are those of the Trainer below.
@@ -75,11 +77,14 @@ class MatrixTrainerMixin(_TrainerBelow):
                 "adamw_only" bounds the norm of the AdamW groups' gradients and leaves the others as they are: the
                 update of a matrix group depends little on the scale of its gradient. The logged ``grad_norm`` is
                 over all parameters in both cases.
+            diagnostics_steps: measure the optimizer every so many steps, at least 1, and log it; like the option
+                ``diagnostics``, for every optimizer of this package however it was chosen. None leaves it to the
+                options.
 
         Raises:
             TypeError: if ``optimizer_options`` is not one of these classes.
-            ValueError: if ``args.optim`` or ``args.optim_args`` contradict ``optimizer_options``, or for an unknown
-                ``clip``.
+            ValueError: if ``args.optim`` or ``args.optim_args`` contradict ``optimizer_options``, for an unknown
+                ``clip``, or for ``diagnostics_steps`` that are no whole number above 0.
             NotImplementedError: for ``clip="adamw_only"`` with transformers 5.2, which has no method to override, and
                 for ``optimizer_options`` under DeepSpeed ZeRO.
         """
@@ -88,6 +93,11 @@ class MatrixTrainerMixin(_TrainerBelow):
         if optimizer_options is not None and type(optimizer_options) not in OPTIONS_CLASSES.values():
             known = ", ".join(options_class.__name__ for options_class in OPTIONS_CLASSES.values())
             raise TypeError(f"optimizer_options must be one of {known}, not {type(optimizer_options).__name__}")
+        if diagnostics_steps is not None and (type(diagnostics_steps) is not int or diagnostics_steps < 1):
+            raise ValueError(
+                f"diagnostics_steps={diagnostics_steps!r} must be a whole number of optimizer steps, at least 1: 50 "
+                "measures every 50th; leave it out to measure none"
+            )
         super().__init__(*args, **kwargs)
         if clip == "adamw_only" and not hasattr(Trainer, "_clip_grad_norm"):
             raise NotImplementedError("clip='adamw_only' needs transformers 5.3 or later")
@@ -108,13 +118,18 @@ class MatrixTrainerMixin(_TrainerBelow):
         self._first_optim = self.args.optim
         self._matrix_learning_rate = _MatrixLearningRate()
         self.add_callback(self._matrix_learning_rate)
+        self._diagnostics_steps = diagnostics_steps
+        # Before the callbacks that report logs; where the import hook is off, it is not there yet.
+        self.remove_callback(DiagnosticsCallback)
+        self._diagnostics = DiagnosticsCallback(diagnostics_steps)
+        self.callback_handler.callbacks.insert(0, self._diagnostics)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Create the optimizer that was asked for, if there is none yet.
 
         Raises:
             ValueError: if the options contradict the arguments, nothing in the model is a matrix, or
-                ``clip="adamw_only"`` is asked of an optimizer that is not of this package.
+                ``clip="adamw_only"`` or ``diagnostics_steps`` are asked of an optimizer that is not of this package.
             RuntimeError: if the trainer was given an optimizer of another kind.
             NotImplementedError: under DeepSpeed ZeRO and FSDP1.
         """
@@ -129,6 +144,7 @@ class MatrixTrainerMixin(_TrainerBelow):
         created: torch.optim.Optimizer = (
             super().create_optimizer() if model is None else super().create_optimizer(model)
         )
+        self._check_diagnostics(created)
         if self._clip_policy == "adamw_only" and not isinstance(innermost_optimizer(created), MatrixOptimizer):
             raise ValueError(
                 f"clip='adamw_only' needs an optimizer of this package, and optim={str.__str__(self.args.optim)!r} "
@@ -150,6 +166,24 @@ class MatrixTrainerMixin(_TrainerBelow):
             return _name_of(options), options
         asked = options_asked_for(self.args)
         return None if asked is None else (_name_of(asked), asked)
+
+    def _check_diagnostics(self, optimizer: torch.optim.Optimizer) -> None:
+        """Refuse ``diagnostics_steps`` of another optimizer, or beside an option that says the same; join the two."""
+        steps = self._diagnostics_steps
+        if steps is None:
+            return
+        found = innermost_optimizer(optimizer)
+        if not isinstance(found, MatrixOptimizer):
+            raise ValueError(
+                f"diagnostics_steps={steps} needs an optimizer of this package, and "
+                f"optim={str.__str__(self.args.optim)!r} is not: choose one, or leave diagnostics_steps out"
+            )
+        options = options_asked_for(self.args, found)
+        if options is not None and options.diagnostics:
+            raise ValueError(
+                f"diagnostics_steps={steps} and the option diagnostics={options.diagnostics} both say how often to "
+                "measure: give one of the two"
+            )
 
     def _check_options_agree(self, options: MatrixOptimizerOptions, allowed: set[Any]) -> None:
         """Raise ValueError if ``args.optim`` is not ``allowed``, or there are ``args.optim_args``."""

@@ -21,7 +21,7 @@ from hf_matrix_optim.options import split_optim_args
 from hf_matrix_optim.partition import explain
 from hf_matrix_optim.registry import (
     OPTIMIZER_NAMES,
-    create_optimizer,
+    optimizer_class_and_kwargs,
     options_with_target_modules,
     parse_options,
     partition_options_of,
@@ -112,7 +112,7 @@ def explain_partition(task: Task, config: PretrainedConfig, training: TrainingAr
             asked = "kernels=triton" if options.kernels == "triton" else "cuda_graph=true"
             if reason := why_not(training.device):
                 raise ValueError(f"{asked} was asked for, but {reason}; or leave it out")
-        create_optimizer(
+        optimizer_class, kwargs = optimizer_class_and_kwargs(
             name,
             model,
             lr=training.learning_rate,
@@ -121,6 +121,7 @@ def explain_partition(task: Task, config: PretrainedConfig, training: TrainingAr
             eps=training.adam_epsilon,
             options=options,
         )
+        optimizer_class(**kwargs)
         return explain(model, partition_options_of(options))
     except ValueError as error:
         raise RecipeError(f"--optim {name}: {error}") from error

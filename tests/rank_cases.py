@@ -28,7 +28,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from transformers import Trainer
 
-from hf_matrix_optim import MatrixTrainer, create_optimizer
+from hf_matrix_optim import MatrixTrainer, OptimizerDiagnostics, create_optimizer
 from hf_matrix_optim.options import OPTIONS_CLASSES, MuonOptions
 from hf_matrix_optim.qk_clip import QKClip
 
@@ -229,6 +229,58 @@ def fsdp_swaps_parameters(folder: Path) -> None:
         group["params"] = [new[name] for name in group_names]
     train_steps(model, early, range(5), is_sharded=True)
     assert_close_to(full_state(plain, optimizer), full_state(model, early))
+
+
+# ---- diagnostics ----
+
+
+def measured_step(model: nn.Module, optimizer: Any, *, is_sharded: bool) -> dict[str, float]:
+    """The diagnostics of a fourth step, with one matrix that is skipped."""
+    train_steps(model, optimizer, range(3), is_sharded=is_sharded)
+    diagnostics = OptimizerDiagnostics(model, optimizer, per_layer=True)
+    tokens = torch.randint(0, 11, (4, 3), generator=torch.Generator().manual_seed(9))
+    model(tokens.chunk(dist.get_world_size())[dist.get_rank()] if is_sharded else tokens).backward()
+    gradient = dict(model.named_parameters())["up.weight"].grad
+    gradient.mul_(float("nan"))
+    diagnostics.before_step()
+    optimizer.step()
+    diagnostics.after_step()
+    return diagnostics.values()
+
+
+def fsdp_diagnostics_equal_one_process(folder: Path, is_hybrid: bool = False) -> None:
+    """Shards that are uneven, empty, cut between matrices (the stack), and copied."""
+    plain, model = uneven_model(), uneven_model()
+    expected = measured_step(plain, uneven_optimizer("muon", plain), is_sharded=False)
+    shape, names = ((2, 1), ("replicate", "shard")) if is_hybrid else ((dist.get_world_size(),), ("shard",))
+    sharded(model, init_device_mesh("cpu", shape, mesh_dim_names=names))
+    found = measured_step(model, uneven_optimizer("muon", model), is_sharded=True)
+    assert expected["diagnostics/skipped_matrices"] == 1
+    assert expected["diagnostics/matrices"] == 6
+    assert found.keys() == expected.keys()
+    for key, value in expected.items():
+        assert found[key] == pytest.approx(value, rel=2e-3, abs=1e-6, nan_ok=True), key
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, found)
+    assert all(repr(other) == repr(found) for other in gathered)
+
+
+def trainer_fsdp2_diagnostics(folder: Path) -> None:
+    """FSDP2 and DDP log the same, also the bound of the attention logits, and on every rank."""
+    values = {"optim": "muon", "optim_args": "map_dtype=float32,diagnostics=3", "weight_decay": 0.1}
+    histories = [fsdp2_training(folder, "FULL_STATE_DICT", **values).state.log_history]
+    args = arguments(folder, **{**DDP_ARGUMENTS, **values})
+    ddp = MatrixTrainer(tiny_model(DDP_MODEL), args, train_dataset=token_rows(48))
+    ddp.train()
+    histories.append(ddp.state.log_history)
+    logs = [[entry for entry in history if "diagnostics/step" in entry] for history in histories]
+    assert len(logs[0]) == len(logs[1]) == 2
+    for one, other in zip(*logs, strict=True):
+        assert one.keys() == other.keys()
+        assert "diagnostics/attention_logit_bound_max" in one
+        for key in one.keys() - {"diagnostics/optimizer_time_share"}:
+            if key.startswith("diagnostics/"):
+                assert one[key] == pytest.approx(other[key], rel=1e-3), key
 
 
 # ---- FSDP2 and FSDP1, through Trainer ----
@@ -437,6 +489,9 @@ CASES: dict[str, Callable[[Path], None]] = {
     **{f"fsdp_{name}": partial(fsdp_equals_one_process, name=name) for name in OPTIMIZER_NAMES},
     "fsdp_hybrid": partial(fsdp_equals_one_process, name="muon", is_hybrid=True),
     "fsdp_swaps_parameters": fsdp_swaps_parameters,
+    "fsdp_diagnostics": fsdp_diagnostics_equal_one_process,
+    "fsdp_diagnostics_hybrid": partial(fsdp_diagnostics_equal_one_process, is_hybrid=True),
+    "trainer_fsdp2_diagnostics": trainer_fsdp2_diagnostics,
     "trainer_fsdp2_clip_all": partial(trainer_fsdp2_equals_ddp, clip="all"),
     "trainer_fsdp2_clip_adamw_only": partial(trainer_fsdp2_equals_ddp, clip="adamw_only"),
     "trainer_fsdp2_resumes_full": partial(trainer_fsdp2_resumes, state_dict_type="FULL_STATE_DICT"),

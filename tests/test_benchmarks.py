@@ -12,6 +12,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
+import diagnostics_overhead
 import optimizer_step
 import train_throughput
 from contenders import OPTIMIZERS, Contender
@@ -32,6 +33,36 @@ from training_loops import (
 CPU = torch.device("cpu")
 STEPS = ["--warmup", "1", "--steps", "1", "--rounds", "2"]
 TRAINING = ["--device", "cpu", "--dtype", "float32", "--warmup", "1", "--rounds", "1"]
+
+
+# ---- diagnostics_overhead.py ----
+
+
+def test_diagnostics_overhead_end_to_end(tmp_path, capsys):
+    path = tmp_path / "diagnostics.json"
+    small = [
+        "--device",
+        "cpu",
+        "--dtype",
+        "float32",
+        "--steps",
+        "1",
+        "--warmup",
+        "1",
+        "--batch",
+        "1",
+        "--context",
+        "16",
+    ]
+    assert diagnostics_overhead.main([*small, "--every", "10", "--optimizers", "mud", "--json", str(path)]) == 0
+    (result,) = json.loads(path.read_text())["results"]
+    assert result["matrices"] == 28
+    measuring, training = result["measuring_milliseconds"], result["training_milliseconds"]
+    assert result["share"] == pytest.approx(measuring / (10 * training + measuring))
+    assert f"{result['share']:.2%}" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        diagnostics_overhead.main([*small, "--optimizers", "adamw"])
+    assert "adamw has no diagnostics" in capsys.readouterr().err
 
 
 # ---- optimizer_step.py ----

@@ -11,8 +11,15 @@ PACKAGE = ROOT / "hf_matrix_optim"
 #: From the bottom up; a module may import from its own layer and from those above it in this list.
 LAYERS = {
     "engines": {"flattening"},
-    "math": {"newton_schulz", "decorrelate", "update_scale", "matrix_layout"},
-    "partition": {"fused_layouts", "attention_projections", "model_places", "parameter_routing", "partition"},
+    "math": {"newton_schulz", "decorrelate", "update_scale", "matrix_layout", "spectral_norm"},
+    "partition": {
+        "fused_layouts",
+        "attention_projections",
+        "attention_logit_bounds",
+        "model_places",
+        "parameter_routing",
+        "partition",
+    },
     "stacks": {"stacks"},
     "ranks": {
         "sharding",
@@ -46,6 +53,7 @@ LAYERS = {
         "distributed_step",
         "matrix_optimizer",
     },
+    "diagnostics": {"optimizer_diagnostics"},
     "rules": {"muon", "adamuon", "mud"},
     "hook": {
         "options",
@@ -56,11 +64,12 @@ LAYERS = {
         "registry",
         "registration",
         "tripwire",
+        "diagnostics",
         "import_hook",
         "trainer",
     },
     "root": {""},
-    "cli": {"child_processes", "launcher", "enable", "doctor", "model_report", "__main__"},
+    "cli": {"child_processes", "launcher", "enable", "doctor", "model_report", "training_plots", "__main__"},
 }
 
 

@@ -96,7 +96,7 @@ def test_names_are_registered_in_every_import_order(order: str, partial_backend:
     assert found["help"]
     assert found["members"] == found["values"] == len(original_names()) + 4
     assert found["handled"] == sorted(OPTIMIZER_NAMES)
-    assert found["callbacks"] == ["DefaultFlowCallback", "OptimizerTripwire"]
+    assert found["callbacks"] == ["DefaultFlowCallback", "OptimizerTripwire", "QKClipCallback", "DiagnosticsCallback"]
     assert found["parse"]
     assert found["loaders"] == ["SourceFileLoader"]
     assert found["same_loader"]

@@ -64,18 +64,19 @@ def examples(count: int = 16) -> list[dict[str, torch.Tensor]]:
 def test_defaults_of_the_options_are_those_of_the_constructor(name: str) -> None:
     signature = inspect.signature(OPTIMIZER_CLASSES[name].__init__).parameters
     routing = {field.name for field in fields(PartitionOptions)}
+    not_the_optimizers = {"matrix_lr", "qk_clip", "diagnostics", "diagnostics_per_layer"}
     for field in fields(OPTIONS_CLASSES[name]):
         if field.name in routing:
             assert field.default == getattr(PartitionOptions(), field.name), field.name
         elif (name, field.name) == ("adamuon_v1", "beta2"):
             params = [nn.Parameter(torch.zeros(2, 2))]
             assert AdaMuon(params, variant="v1").param_groups[0]["beta2"] == field.default
-        elif field.name not in ("matrix_lr", "qk_clip"):  # which are no arguments of an optimizer
+        elif field.name not in not_the_optimizers:
             assert field.default == signature[field.name].default, field.name
     own = {field.name for field in fields(OPTIONS_CLASSES[name])}
     from_arguments = {"self", "params", "lr", "weight_decay", "betas", "adamw_eps", "variant", "maximize"}
     without = {"beta2"} if name == "adamuon" else set()  # v2 of the paper has one beta
-    assert own - {"matrix_lr", "qk_clip"} == routing | (signature.keys() - from_arguments - without)
+    assert own - not_the_optimizers == routing | (signature.keys() - from_arguments - without)
 
 
 @pytest.mark.parametrize(

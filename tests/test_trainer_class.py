@@ -304,9 +304,11 @@ from tiny_training import arguments, optimizer_of, token_rows
 from hf_matrix_optim import MatrixTrainer
 from hf_matrix_optim.options import MUDOptions
 args = arguments({str(tmp_path)!r}, max_steps=2)
-trainer = MatrixTrainer(tiny_model("gpt2"), args, train_dataset=token_rows(), optimizer_options=MUDOptions())
+options = MUDOptions(diagnostics=2)
+trainer = MatrixTrainer(tiny_model("gpt2"), args, train_dataset=token_rows(), optimizer_options=options)
 trainer.train()
-print(json.dumps([optimizer_of(trainer).algorithm, str.__str__(trainer.args.optim) == str.__str__(args.optim)]))
+same_name = str.__str__(trainer.args.optim) == str.__str__(args.optim)
+print(json.dumps([optimizer_of(trainer).algorithm, same_name, trainer.state.log_history[1]["diagnostics/step"]]))
 """
     result = subprocess.run(
         [sys.executable, "-c", program],
@@ -316,4 +318,4 @@ print(json.dumps([optimizer_of(trainer).algorithm, str.__str__(trainer.args.opti
         timeout=120,
     )
     assert result.returncode == 0, result.stderr
-    assert json.loads(result.stdout.splitlines()[-1]) == ["mud", True]
+    assert json.loads(result.stdout.splitlines()[-1]) == ["mud", True, 2]

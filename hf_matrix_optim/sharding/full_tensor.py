@@ -5,7 +5,7 @@ from dataclasses import replace
 from torch import Tensor
 
 from hf_matrix_optim.matrix_layout import MatrixLayout
-from hf_matrix_optim.sharding.shard_layout import in_placements_of, layout_of, local_of
+from hf_matrix_optim.sharding.shard_layout import in_placements_of, is_sharded, layout_of, local_of
 from hf_matrix_optim.stacks import Matrices
 
 Written = list[tuple[Tensor, Tensor]]
@@ -72,3 +72,29 @@ def write_shard(destination: Tensor, source: Tensor) -> None:
     mesh = destination.device_mesh
     replicated = DTensor.from_local(source, mesh, [Replicate()] * mesh.ndim, run_check=False)
     destination.to_local().copy_(replicated.redistribute(mesh, destination.placements).to_local())
+
+
+def whole_of(tensor: Tensor) -> Tensor:
+    """Every element of a DTensor as a plain tensor, a collective in its mesh; a plain tensor itself."""
+    return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+
+
+def over_shards(values: Tensor, tensor: Tensor, reduction: str) -> Tensor:
+    """Reduce numbers that each rank took from its shard of ``tensor``; a collective in its mesh, none for a plain one.
+
+    Args:
+        values: any shape, the same on all ranks.
+        tensor: where they are from.
+        reduction: "sum" or "max" over the shards, each counted once whatever copies of it there are.
+    """
+    if not is_sharded(tensor):
+        return values
+    from torch.distributed.tensor import DTensor, Partial, Replicate
+
+    mesh = tensor.device_mesh  # type: ignore[attr-defined]
+    placements = [
+        Replicate() if placement.is_replicate() else Partial(reduction)
+        for placement in tensor.placements  # type: ignore[attr-defined]
+    ]
+    reduced: Tensor = DTensor.from_local(values, mesh, placements, run_check=False).full_tensor()
+    return reduced
