@@ -8,7 +8,7 @@ Qwen2.5 form ``tiny`` is pretrained on four of the novels with AdamW and with Mu
 - ``full``: both, all weights, each optimizer.
 
 Each is tried with one seed at a learning rate and its neighbours, a factor of 2 apart, until the best has worse ones on
-both sides, and repeated with the other seeds at the best. A finished run in ``--output_dir`` is not made again.
+both sides, and repeated with the other seeds at the best; the larger rank takes the rates of the smaller. A finished run in ``--output_dir`` is not made again.
 """
 
 import argparse
@@ -16,7 +16,7 @@ import datetime
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +37,9 @@ TUNED = (ADAMW, "muon", "adamuon", "mud")
 PRETRAINING_STEPS, STEPS = 400, 150
 SEEDS = (0, 1, 2)
 MOST_RATES = 8
-LORA = {"rank": (8, 32), "learning_rate": 4e-3}
-FULL_LEARNING_RATE = 1e-3
+RANKS = (8, 32)
+LORA_LEARNING_RATE = 8e-3
+FULL_LEARNING_RATE = 4e-3
 FIXED = (
     *("--train_data", str(NEW_NOVEL), "--validation_fraction", "0.2", "--block_size", "128"),
     *("--per_device_train_batch_size", "4", "--per_device_eval_batch_size", "32", "--max_steps", str(STEPS)),
@@ -79,7 +80,7 @@ def arms_of(study: str) -> list[Arm]:
     if study == "full":
         return [Arm(before, optim) for before in PRETRAINED for optim in TUNED]
     routes = [(ADAMW, ""), *((optim, route) for optim in TUNED[1:] for route in ("both", "b_only"))]
-    return [Arm(ADAMW, optim, rank, route) for rank in LORA["rank"] for optim, route in routes]
+    return [Arm(ADAMW, optim, rank, route) for rank in RANKS for optim, route in routes]
 
 
 def pretrained(folder: Path, optim: str, seed: int) -> Path:
@@ -138,19 +139,29 @@ class Measured:
     @property
     def is_bracketed(self) -> bool:
         """Whether rates on both sides of the best were tried."""
-        return min(self.sweep) < self.best < max(self.sweep)
+        return bool(self.sweep) and min(self.sweep) < self.best < max(self.sweep)
 
 
-def measure(folder: Path, arm: Arm) -> Measured:
-    """Sweep the learning rate of an arm, then repeat the best with the other seeds."""
-    start = LORA["learning_rate"] if arm.rank else FULL_LEARNING_RATE
-    rates = [start, start / 2, start * 2]
+def measure(folder: Path, arm: Arm, rate: float | None = None) -> Measured:
+    """Sweep the learning rate of an arm unless ``rate`` is given, and run the best with all seeds."""
+    start = LORA_LEARNING_RATE if arm.rank else FULL_LEARNING_RATE
+    rates = [start, start / 2, start * 2] if rate is None else []
     sweep: dict[float, float] = {}
     while rates and len(sweep) < MOST_RATES:
-        sweep |= {rate: loss_of(tuned(folder, arm, rate, SEEDS[0])) for rate in rates}
+        sweep |= {each: loss_of(tuned(folder, arm, each, SEEDS[0])) for each in rates}
         best = min(sweep, key=sweep.__getitem__)
-        rates = [rate for rate in (best / 2, best * 2) if rate not in sweep]
+        rates = [each for each in (best / 2, best * 2) if each not in sweep]
+    best = min(sweep, key=sweep.__getitem__) if rate is None else rate
     return Measured(arm, dict(sorted(sweep.items())), best, [tuned(folder, arm, best, seed) for seed in SEEDS])
+
+
+def measure_study(folder: Path, study: str) -> list[Measured]:
+    """Measure all rows of a study; adapters of the other ranks take the learning rates of the first."""
+    measured: list[Measured] = []
+    for arm in arms_of(study):
+        same = (one for one in measured if replace(one.arm, rank=arm.rank) == arm)
+        measured.append(measure(folder, arm, next((one.best for one in same), None)))
+    return measured
 
 
 def spread(losses: Sequence[float]) -> str:
@@ -171,12 +182,14 @@ def losses_table(study: str, measured: Sequence[Measured]) -> str:
             names = [str(arm.rank), OPTIMIZERS[arm.optim], arm.route and f"`{arm.route}`"]
         less = ", ".join(f"{mine - its:+.3f}" for mine, its in zip(one.losses, adamw.losses, strict=True))
         less = "" if one is adamw else less
-        rows.append([*names, f"{one.best:g}", spread(one.losses), less, "yes" if one.is_bracketed else "no"])
+        swept = ("yes" if one.is_bracketed else "no, at an end") if one.sweep else f"of rank {RANKS[0]}"
+        rows.append([*names, f"{one.best:g}", spread(one.losses), less, swept])
     return table(header, rows)
 
 
 def sweep_table(measured: Sequence[Measured]) -> str:
     """Format the sweeps of the first seed, a row for each arm."""
+    measured = [one for one in measured if one.sweep]
     rates = sorted({rate for one in measured for rate in one.sweep})
     cells = [[f"{one.sweep[rate]:.3f}" if rate in one.sweep else "" for rate in rates] for one in measured]
     return table(
@@ -229,7 +242,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         check_writable(arguments.output_dir)
         if arguments.table is not None:
             check_writable(arguments.table.parent, "--table in")
-        studies = {name: [measure(arguments.output_dir, arm) for arm in arms_of(name)] for name in names}
+        studies = {name: measure_study(arguments.output_dir, name) for name in names}
     except RecipeError as error:
         print("error:", *str(error).split(), file=sys.stderr)  # on one line
         return 2
