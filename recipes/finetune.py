@@ -347,6 +347,9 @@ def load_base(arguments: FineTuningArguments, place: str) -> PreTrainedModel:
         from peft import prepare_model_for_kbit_training
 
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+        for module in model.modules():  # bitsandbytes 0.50 repacks weights in evaluation on a CPU, past training
+            if hasattr(module, "support_avx512bf16_for_cpu"):
+                module.support_avx512bf16_for_cpu = False
     loaded: PreTrainedModel = model
     return loaded
 
