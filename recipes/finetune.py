@@ -522,7 +522,10 @@ def optimizer_note(before: str | None, now: str, *, full: bool) -> str | None:
     """Return one line on what to expect where the optimizer is of another family than that of pretraining."""
     if before is None or not full or before.startswith("adamw") == now.startswith("adamw"):
         return None
-    return f"note: pretrained with {before}, now {now}: recipes/results/finetune.md measures such changes"
+    return (
+        f"note: pretrained with {before}, now {now}: a small study saw no loss by such a change, at a learning rate "
+        "swept for it (recipes/results/finetune.md)"
+    )
 
 
 def train(
@@ -595,7 +598,8 @@ def train(
     outcome = trainer.train(resume_from_checkpoint=checkpoint)
     if trainer.state.global_step < plan.steps:
         print(
-            f"stopped after step {trainer.state.global_step:,} of {plan.steps:,}; --resume_from_checkpoint true goes on"
+            f"stopped after step {trainer.state.global_step:,} of {plan.steps:,}; --resume_from_checkpoint true "
+            "goes on"
         )
         return run
     if run.get("before"):
