@@ -8,8 +8,8 @@ Qwen2.5 form ``tiny`` is pretrained on four of the novels with AdamW and with Mu
 - ``full``: both, all weights, each optimizer.
 
 Each is tried with one seed at a learning rate and its neighbours, a factor of 2 apart, until the best has worse ones
-on both sides, and repeated with the other seeds at the best; the larger rank takes the rates of the smaller. A finished
-run in ``--output_dir`` is not made again.
+on both sides, and repeated with the other seeds at the best; the larger rank takes the rates of the smaller. A
+finished run in ``--output_dir`` is not made again.
 """
 
 import argparse
@@ -223,8 +223,9 @@ def page_of(studies: Mapping[str, Sequence[Measured]]) -> str:
 Qwen2.5 form `tiny` (1.25 M parameters), pretrained for {PRETRAINING_STEPS} steps of 1,024 tokens on four of the
 bundled novels at the demo's learning rates, then fine-tuned for {STEPS} steps of 512 tokens on the fifth,
 `{NEW_NOVEL.name}` ({parts["train"]["tokens"]:,} tokens; validation on {parts["validation"]["tokens"]:,} held out).
-Validation loss in nats a token; mean and standard deviation over {len(SEEDS)} seeds, each with its own pretrained model,
-adapter and order; the learning rate is the best of a sweep with the first seed alone, and `inf` is a run that diverged.
+Validation loss in nats a token; mean and standard deviation over {len(SEEDS)} seeds, each with its own pretrained
+model, adapter and order; the learning rate is the best of a sweep with the first seed alone, and `inf` is a run that
+diverged.
 Before fine-tuning: {starts}.
 
 {sections}
