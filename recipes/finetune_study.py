@@ -8,8 +8,7 @@ Qwen2.5 form ``tiny`` is pretrained on four of the novels with AdamW and with Mu
 - ``full``: both, all weights, each optimizer.
 
 Each is tried with one seed at a learning rate and its neighbours, a factor of 2 apart, until the best has worse ones
-on both sides, and repeated with the other seeds at the best; the larger rank takes the rates of the smaller. A
-finished run in ``--output_dir`` is not made again.
+on both sides, and repeated with the other seeds at the best. A finished run in ``--output_dir`` is not made again.
 """
 
 import argparse
@@ -144,28 +143,27 @@ class Measured:
     @property
     def is_bracketed(self) -> bool:
         """Whether rates on both sides of the best were tried."""
-        return bool(self.sweep) and min(self.sweep) < self.best < max(self.sweep)
+        return min(self.sweep) < self.best < max(self.sweep)
 
 
-def measure(folder: Path, arm: Arm, rate: float | None = None) -> Measured:
-    """Sweep the learning rate of an arm unless ``rate`` is given, and run the best with all seeds."""
-    start = LORA_LEARNING_RATE if arm.rank else FULL_LEARNING_RATE
-    rates = [start, start / 2, start * 2] if rate is None else []
+def measure(folder: Path, arm: Arm, start: float) -> Measured:
+    """Sweep the learning rate of an arm from ``start`` on, and repeat the best with the other seeds."""
+    rates = [start, start / 2, start * 2]
     sweep: dict[float, float] = {}
     while rates and len(sweep) < MOST_RATES:
-        sweep |= {each: loss_of(tuned(folder, arm, each, SEEDS[0])) for each in rates}
+        sweep |= {rate: loss_of(tuned(folder, arm, rate, SEEDS[0])) for rate in rates}
         best = min(sweep, key=sweep.__getitem__)
-        rates = [each for each in (best / 2, best * 2) if each not in sweep]
-    best = min(sweep, key=sweep.__getitem__) if rate is None else rate
+        rates = [rate for rate in (best / 2, best * 2) if rate not in sweep]
     return Measured(arm, dict(sorted(sweep.items())), best, [tuned(folder, arm, best, seed) for seed in SEEDS])
 
 
 def measure_study(folder: Path, study: str) -> list[Measured]:
-    """Measure all rows of a study; adapters of the other ranks take the learning rates of the first."""
+    """Measure all rows of a study; the sweep of the larger rank starts at the best rate of the smaller."""
     measured: list[Measured] = []
     for arm in arms_of(study):
-        same = (one for one in measured if replace(one.arm, rank=arm.rank) == arm)
-        measured.append(measure(folder, arm, next((one.best for one in same), None)))
+        default = LORA_LEARNING_RATE if arm.rank else FULL_LEARNING_RATE
+        smaller = (one.best for one in measured if replace(one.arm, rank=arm.rank) == arm)
+        measured.append(measure(folder, arm, next(smaller, default)))
     return measured
 
 
@@ -187,14 +185,12 @@ def losses_table(study: str, measured: Sequence[Measured]) -> str:
             names = [str(arm.rank), OPTIMIZERS[arm.optim], arm.route and f"`{arm.route}`"]
         less = ", ".join(f"{mine - its:+.3f}" for mine, its in zip(one.losses, adamw.losses, strict=True))
         less = "" if one is adamw else less
-        swept = ("yes" if one.is_bracketed else "no, at an end") if one.sweep else f"of rank {RANKS[0]}"
-        rows.append([*names, f"{one.best:g}", spread(one.losses), less, swept])
+        rows.append([*names, f"{one.best:g}", spread(one.losses), less, "yes" if one.is_bracketed else "no"])
     return table(header, rows)
 
 
 def sweep_table(measured: Sequence[Measured]) -> str:
     """Format the sweeps of the first seed, a row for each arm."""
-    measured = [one for one in measured if one.sweep]
     rates = sorted({rate for one in measured for rate in one.sweep})
     cells = [[f"{one.sweep[rate]:.3f}" if rate in one.sweep else "" for rate in rates] for one in measured]
     return table(
