@@ -76,15 +76,11 @@ class Arm:
 
 
 def arms_of(study: str) -> list[Arm]:
-    """Return the rows of a study; the route ``adamw`` of every optimizer is AdamW. The larger rank has Muon alone."""
+    """Return the rows of a study; the route ``adamw`` of every optimizer is AdamW."""
     if study == "full":
         return [Arm(before, optim) for before in PRETRAINED for optim in TUNED]
     routes = [(ADAMW, ""), *((optim, route) for optim in TUNED[1:] for route in ("both", "b_only"))]
-    small, large = RANKS
-    return [
-        *(Arm(ADAMW, optim, small, route) for optim, route in routes),
-        *(Arm(ADAMW, optim, large, route) for optim, route in routes if optim in (ADAMW, "muon")),
-    ]
+    return [Arm(ADAMW, optim, rank, route) for rank in RANKS for optim, route in routes]
 
 
 def pretrained(folder: Path, optim: str, seed: int) -> Path:

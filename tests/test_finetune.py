@@ -397,7 +397,7 @@ def leave_run(folder: Path, arm: finetune_study.Arm, rate: float, seed: int, los
 
 def test_the_study_goes_on_from_finished_runs_until_the_best_rate_is_bracketed(tmp_path):
     arms = finetune_study.arms_of("lora")
-    assert len(arms) == 10
+    assert len(arms) == 14
     for arm in arms:
         shift = 0.1 if arm.optim == finetune_study.ADAMW else 0.0
         for rate, loss in ((2e-3, 4.4), (4e-3, 4.3), (8e-3, 4.2), (1.6e-2, None)):  # diverged at the end
