@@ -51,7 +51,8 @@ class PartitionOptions:
 
     Attributes:
         qkv: "split" makes each of fused q, k and v a matrix of its own, where they are contiguous; "whole" does not.
-        lora: "both" makes matrices of LoRA's A and B, "b_only" of B (A goes to AdamW), "adamw" of neither.
+        lora: "both" makes matrices of LoRA's A and B, "b_only" of B (A goes to AdamW), "adamw" of neither; chosen by
+            the comparison in recipes/results/finetune.md. Factors of rank 1 go to AdamW.
         head: where layers outside the base model go. Projections to the vocabulary stay with AdamW in any case.
         router: where the routers of mixtures of experts go.
         conv: where convolutions go; depthwise and transposed ones go to AdamW in any case.
