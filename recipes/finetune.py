@@ -523,8 +523,8 @@ def optimizer_note(before: str | None, now: str, *, full: bool) -> str | None:
     if before is None or not full or before.startswith("adamw") == now.startswith("adamw"):
         return None
     return (
-        f"note: pretrained with {before}, now {now}: in a study of a tiny model such a change cost 0.01 nats a token at "
-        "most, each at its best learning rate (recipes/results/finetune.md); sweep --learning_rate anew"
+        f"note: pretrained with {before}, now {now}: in a study of a tiny model such a change cost 0.01 nats a token "
+        "at most, each at its best learning rate (recipes/results/finetune.md); sweep --learning_rate anew"
     )
 
 
