@@ -37,6 +37,7 @@ from hf_matrix_optim.model_places import Landmarks, ParameterPlace
 
 Role = Literal["matrix", "adamw", "frozen"]
 Verdict = tuple[Role, str, MatrixLayout | None]  # role, reason, layout
+RANK_ONE = "a single row or column (LoRA of rank 1)"
 _TRAINABLE_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -50,7 +51,8 @@ class PartitionOptions:
 
     Attributes:
         qkv: "split" makes each of fused q, k and v a matrix of its own, where they are contiguous; "whole" does not.
-        lora: "both" makes matrices of LoRA's A and B, "b_only" of B (A goes to AdamW), "adamw" of neither.
+        lora: "both" makes matrices of LoRA's A and B, "b_only" of B (A goes to AdamW), "adamw" of neither; chosen by
+            the comparison in recipes/results/finetune.md. Factors of rank 1 go to AdamW.
         head: where layers outside the base model go. Projections to the vocabulary stay with AdamW in any case.
         router: where the routers of mixtures of experts go.
         conv: where convolutions go; depthwise and transposed ones go to AdamW in any case.
@@ -123,6 +125,7 @@ class RoutingRules:
         self._landmarks = Landmarks.of(model)
         self._model_class = type(model).__name__
         self._used = {"include": False, "exclude": False}
+        self._frozen: list[ParameterPlace] = []
 
     def verdict(self, place: ParameterPlace) -> Verdict:
         """Route one place of a trainable parameter, rules 2 to 7.
@@ -142,7 +145,7 @@ class RoutingRules:
         if key in marks.input_embeddings or _is_embedding(place):
             return "adamw", "embedding", None
         if reason := _vector_reason(place):
-            return "adamw", reason, None
+            return "adamw", RANK_ONE if _is_rank_one_factor(place) else reason, None
         if key in marks.heads and options.head == "adamw":
             return "adamw", "head", None
         if _is_router(place) and options.router == "adamw":
@@ -156,6 +159,10 @@ class RoutingRules:
             raise UnroutableParameterError(_unknown_layer_message(place))
         return "adamw", layout or f"free parameter of {type(place.owner).__name__}", None
 
+    def see_frozen(self, place: ParameterPlace) -> None:
+        """Keep a parameter that is not trainable, for the message where a pattern matches nothing else."""
+        self._frozen.append(place)
+
     def check_patterns_used(self) -> None:
         """Raise ValueError if ``include`` or ``exclude`` decided on no parameter; call it after all verdicts."""
         for key, used in self._used.items():
@@ -163,9 +170,19 @@ class RoutingRules:
             if pattern is not None and not used:
                 kind = "trainable parameter with two axes or more" if key == "include" else "trainable parameter"
                 raise ValueError(
-                    f"{key}={pattern!r} matches no {kind} of {self._model_class}: names are those of "
-                    "model.named_parameters(), and python -m hf_matrix_optim explain MODEL shows them"
+                    f"{key}={pattern!r} matches no {kind} of {self._model_class}{self._frozen_matches(pattern)}: "
+                    "names are those of model.named_parameters(), and python -m hf_matrix_optim explain MODEL shows "
+                    "them"
                 )
+
+    def _frozen_matches(self, pattern: str | Sequence[str]) -> str:
+        """What a message says of the parameters that ``pattern`` matches and that are not trainable."""
+        matched = [place for place in self._frozen if _matches(pattern, place)]
+        if not matched:
+            return ""
+        if quantised := [place for place in matched if _is_quantised(place)]:
+            return f" (it matches quantised weights, such as {quantised[0].name}, which cannot be trained)"
+        return f" (it matches {len(matched)} that are frozen, such as {matched[0].name})"
 
     def _is_included(self, pattern: str | Sequence[str], place: ParameterPlace) -> bool:
         words = [pattern] if isinstance(pattern, str) else pattern
@@ -247,12 +264,19 @@ def check_initialized(place: ParameterPlace) -> None:
 
 def check_dtype(place: ParameterPlace) -> None:
     """Raise TypeError if a trainable parameter has a type that cannot be trained."""
-    if place.parameter.dtype not in _TRAINABLE_DTYPES:
+    if _is_quantised(place):
+        found = "quantised" if place.parameter.dtype in _TRAINABLE_DTYPES else place.parameter.dtype
         raise TypeError(
-            f"parameter {place.name} is trainable but {place.parameter.dtype}: only float64, float32, bfloat16 and "
+            f"parameter {place.name} is trainable but {found}: only float64, float32, bfloat16 and "
             "float16 parameters can be trained. Freeze it (requires_grad_(False)), as quantised weights are, and "
             "train adapters"
         )
+
+
+def _is_quantised(place: ParameterPlace) -> bool:
+    """Whether the elements are not the weights: bitsandbytes packs 4-bit ones into any type, bfloat16 too."""
+    packed = getattr(place.parameter, "quant_state", None) is not None
+    return packed or place.parameter.dtype not in _TRAINABLE_DTYPES
 
 
 def combine_verdicts(places: list[ParameterPlace], verdicts: list[Verdict]) -> Verdict:
@@ -302,6 +326,13 @@ def _vector_reason(place: ParameterPlace) -> str | None:
         return "fewer than two axes"
     rows_columns = (shape[0], prod(shape[1:])) if isinstance(owner, _ConvNd) else shape[-2:]
     return "a single row or column" if min(rows_columns) <= 1 else None
+
+
+def _is_rank_one_factor(place: ParameterPlace) -> bool:
+    """Whether the parameter is a LoRA factor (1, fan_in) or (fan_out, 1)."""
+    adapter = place.adapter()
+    parts = {"lora_A": 0, "lora_B": 1}
+    return adapter is not None and len(place.shape) == 2 and place.shape[parts.get(adapter[1], 0)] == 1
 
 
 def _is_router(place: ParameterPlace) -> bool:

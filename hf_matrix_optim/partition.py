@@ -14,6 +14,7 @@ from hf_matrix_optim.matrix_layout import MatrixLayout
 from hf_matrix_optim.model_places import ParameterPlace, places_of
 from hf_matrix_optim.parameter_routing import (
     DEFAULT_OPTIONS,
+    RANK_ONE,
     ParameterRoute,
     PartitionOptions,
     RoutingRules,
@@ -185,6 +186,7 @@ def _routed(model: nn.Module, options: PartitionOptions) -> list[tuple[Parameter
         check_initialized(here[0])
         shape, numel = tuple(parameter.shape), parameter.numel()
         if not parameter.requires_grad:
+            rules.see_frozen(here[0])
             routed.append((ParameterRoute(name, shape, numel, "frozen", "not trainable"), parameter, False))
             continue
         check_dtype(here[0])
@@ -206,11 +208,12 @@ def _nothing_message(model: nn.Module, routes: list[ParameterRoute]) -> str:
     if not trainable:
         return f"nothing to orthogonalise in {type(model).__name__}: it has no trainable parameters"
     reasons = sorted({route.reason for route in trainable if len(route.shape) >= 2})
+    rank_one = "Adapters of rank 1 are pairs of vectors: give r of at least 2. " if RANK_ONE in reasons else ""
     why = f" (its trainable arrays are: {', '.join(reasons)})" if reasons else " (it has vectors only)"
     return (
         f"nothing to orthogonalise in {type(model).__name__}: none of its {len(trainable)} trainable parameters is a "
-        f"matrix{why}. Name modules in optim_target_modules (include= in optim_args), change the options lora, head, "
-        "router, conv or exclude, or train this model with optim='adamw_torch'"
+        f"matrix{why}. {rank_one}Name modules in optim_target_modules (include= in optim_args), change the options "
+        "lora, head, router, conv or exclude, or train this model with optim='adamw_torch'"
     )
 
 

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from torch import nn
 from transformers.trainer_callback import TrainerCallback
 
 from hf_matrix_optim.flattening import DEEPSPEED_REMEDY, uses_deepspeed
@@ -13,20 +14,25 @@ class OptimizerTripwire(TrainerCallback):
     """Raises at the beginning of training when ``args.optim`` is ours and the optimizer that would run is not.
 
     Trainer ignores ``--optim`` if it is given ``optimizers=``, if a subclass overrides ``create_optimizer``, and if
-    the DeepSpeed configuration has an ``optimizer`` block. The callback also logs the learning rate of the matrix
-    groups, as ``matrix_learning_rate``, where it is not the one that Trainer logs.
+    the DeepSpeed configuration has an ``optimizer`` block. It also raises, at the beginning of training and at each
+    log, if the model has trainable parameters that the optimizer lacks, which would stay as they are: those of an
+    adapter added, and frozen ones made trainable, after the optimizer was made. The callback also logs the learning
+    rate of the matrix groups, as ``matrix_learning_rate``, where it is not the one that Trainer logs.
     """
 
     def __init__(self) -> None:
         self._matrix_learning_rate: float | None = None  # of the last step, if it differs from that of group 0
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
+    def on_train_begin(
+        self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None, **kwargs: Any
+    ) -> None:
         asked = accepted_names.get(args.optim)
         if asked is None:
             return
         found = innermost_optimizer(optimizer)
         algorithms = {str(group.get("algorithm")) for group in getattr(found, "param_groups", [])} - {"adamw"}
         if isinstance(found, MatrixOptimizer) and algorithms == {asked}:
+            _check_cover(found, model)
             return
         found_class = f"{type(found).__module__}.{type(found).__qualname__}"
         if isinstance(found, MatrixOptimizer):
@@ -54,12 +60,37 @@ class OptimizerTripwire(TrainerCallback):
         differs = bool(rates) and rates[0] != float(found.param_groups[0]["lr"])
         self._matrix_learning_rate = rates[0] if differs else None
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+    def on_log(
+        self,
+        args: Any,
+        state: Any,
+        control: Any,
+        logs: dict[str, Any] | None = None,
+        model: Any = None,
+        optimizer: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        found = innermost_optimizer(optimizer)
+        if args.optim in accepted_names and isinstance(found, MatrixOptimizer):
+            _check_cover(found, model)
         if self._matrix_learning_rate is None or logs is None or "learning_rate" not in logs:
             return
         logs.setdefault("matrix_learning_rate", self._matrix_learning_rate)
         if state.log_history and "learning_rate" in state.log_history[-1]:
             state.log_history[-1].setdefault("matrix_learning_rate", self._matrix_learning_rate)
+
+
+def _check_cover(optimizer: MatrixOptimizer, model: nn.Module | None) -> None:
+    """Raise RuntimeError if a trainable parameter of ``model`` is in no group of ``optimizer``."""
+    grouped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    named = [] if model is None else model.named_parameters()
+    missing = [name for name, parameter in named if parameter.requires_grad and id(parameter) not in grouped]
+    if missing:
+        raise RuntimeError(
+            f"{len(missing)} trainable parameters, such as {missing[0]}, are not in the optimizer and would not be "
+            "trained: they were added, or made trainable, after it was made. Add adapters and unfreeze parameters "
+            "before Trainer makes the optimizer (a new Trainer makes a new one), or freeze them"
+        )
 
 
 def innermost_optimizer(optimizer: Any) -> Any:

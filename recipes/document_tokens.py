@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import transformers
 from data_sources import Piece, is_held_out
 from masked_proteins import encode_residues
 from recipe_error import RecipeError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
 BATCH_CHARACTERS = 2**20  # tokenized at once
 
@@ -33,6 +35,24 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
         raise RecipeError(f"--tokenizer {name} cannot be loaded: {error}") from error
     if tokenizer.eos_token_id is None:
         raise RecipeError(f"--tokenizer {name} has no eos token, which closes each document")
+    return tokenizer
+
+
+def saved_tokenizer(name: str, flag: str) -> PreTrainedTokenizerBase:
+    """Load the tokenizer beside a model, by the class it was saved as.
+
+    ``AutoTokenizer`` goes by the model's type instead: beside a Qwen2 configuration it reads a custom tokenizer with
+    Qwen's pre-tokenizer, and the ids are not those of pretraining.
+
+    Raises:
+        RecipeError: if there is none, or it cannot be loaded.
+    """
+    try:
+        saved_class = getattr(transformers, str(get_tokenizer_config(name).get("tokenizer_class")), AutoTokenizer)
+        tokenizer: PreTrainedTokenizerBase = saved_class.from_pretrained(name)
+    except Exception as error:  # tokenizers raises plain Exception
+        reason = str(error).splitlines()[0]
+        raise RecipeError(f"{flag} {name}: its tokenizer cannot be loaded ({reason}); save one beside it") from error
     return tokenizer
 
 

@@ -14,6 +14,7 @@ from recipe_error import RecipeError
 from run_folder import commit, hardware, package_versions
 from step_plan import Plan
 from task import Task, TrainingData
+from torch import nn
 from transformers import PretrainedConfig, PreTrainedTokenizerBase, TrainingArguments
 
 from hf_matrix_optim.kernels.stack_plan import why_not
@@ -59,7 +60,6 @@ def describe(
     flops_per_token: float,
 ) -> dict[str, Any]:
     """Collect what ``run.json`` says about a run before it starts; ``identity`` is what a resumed run must share."""
-    precision = "bfloat16" if training.bf16 else "float16" if training.fp16 else "float32"
     return {
         "identity": {
             "recipe": recipe,
@@ -68,22 +68,36 @@ def describe(
             "tokenizer": None if tokenizer is None else tokenizer_fingerprint(tokenizer),
             "data": None if data is None else data.fingerprint,
             "block_size": arguments.block_size,
-            "tokens_per_step": plan.tokens_per_step,
-            "seed": training.seed,
-            "data_seed": training.data_seed,
-            "optim": optimizer_name(training),
-            "optim_args": training.optim_args,
-            "learning_rate": training.learning_rate,
-            "schedule": schedule_identity(training, plan),
-            "weight_decay": training.weight_decay,
-            "adam": [training.adam_beta1, training.adam_beta2, training.adam_epsilon],
-            "max_grad_norm": training.max_grad_norm,
-            "label_smoothing_factor": training.label_smoothing_factor,
-            "precision": precision,
+            **training_identity(training, plan),
         },
-        "plan": asdict(plan),
         "flops_per_token": flops_per_token,
         "recipe_arguments": asdict(arguments),
+        **run_facts(training, plan),
+    }
+
+
+def training_identity(training: TrainingArguments, plan: Plan) -> dict[str, Any]:
+    """What of Trainer's arguments decides the weights of a run, for its identity."""
+    return {
+        "tokens_per_step": plan.tokens_per_step,
+        "seed": training.seed,
+        "data_seed": training.data_seed,
+        "optim": optimizer_name(training),
+        "optim_args": training.optim_args,
+        "learning_rate": training.learning_rate,
+        "schedule": schedule_identity(training, plan),
+        "weight_decay": training.weight_decay,
+        "adam": [training.adam_beta1, training.adam_beta2, training.adam_epsilon],
+        "max_grad_norm": training.max_grad_norm,
+        "label_smoothing_factor": training.label_smoothing_factor,
+        "precision": "bfloat16" if training.bf16 else "float16" if training.fp16 else "float32",
+    }
+
+
+def run_facts(training: TrainingArguments, plan: Plan) -> dict[str, Any]:
+    """What ``run.json`` says about a run beside its identity: steps, all of Trainer's arguments, where it ran."""
+    return {
+        "plan": asdict(plan),
         "training_arguments": training.to_dict(),
         "world_size": training.world_size,
         "versions": package_versions(),
@@ -101,7 +115,11 @@ def explain_partition(task: Task, config: PretrainedConfig, training: TrainingAr
         RecipeError: if the optimizer refuses its options, its values or the model.
     """
     with torch.device("meta"):
-        model = task.new_model(config, None)
+        return explain_model_partition(task.new_model(config, None), training)
+
+
+def explain_model_partition(model: nn.Module, training: TrainingArguments) -> str:
+    """`explain_partition` of a model that is built already, best on the meta device."""
     name = optimizer_name(training)
     if name not in OPTIMIZER_NAMES:
         return explain(model)

@@ -21,7 +21,7 @@ from torch import nn
 RUN_FILE = "run.json"
 PARTIAL_RUN_FILE = ".run.json.partial"
 AUTO = "auto"
-PACKAGES = ("torch", "transformers", "accelerate", "datasets", "tokenizers", "numpy", "hf-matrix-optim")
+PACKAGES = ("torch", "transformers", "accelerate", "datasets", "tokenizers", "numpy", "peft", "hf-matrix-optim")
 # What a run writes besides its checkpoints. --overwrite_output_dir removes these only, and only beside a run.json.
 RUN_FILES = (
     RUN_FILE,
@@ -41,8 +41,11 @@ RUN_FILES = (
     "all_results.json",
     "train_results.json",
     "eval_results.json",
+    "adapter_config.json",
+    "README.md",  # PEFT's card of an adapter
 )
-WEIGHT_FILES = ("model*.safetensors", "model.safetensors.index.json")
+WEIGHT_FILES = ("model*.safetensors", "model.safetensors.index.json", "adapter_model.safetensors")
+MERGED = "merged"  # folder of a model with its adapter merged in
 
 
 def read_run(folder: Path) -> dict[str, Any] | None:
@@ -185,6 +188,8 @@ def clear_run(folder: Path) -> None:
     write_run(folder, {"identity": {}})
     for checkpoint in checkpoints(folder):
         shutil.rmtree(checkpoint)
+    if (folder / MERGED / "config.json").is_file():
+        shutil.rmtree(folder / MERGED)
     for name in (*RUN_FILES, *WEIGHT_FILES):
         for file in folder.glob(name):
             if file.name != RUN_FILE:
