@@ -216,9 +216,9 @@ class MatrixOptimizer(Optimizer):
         if group["momentum_dtype"] != INT8:
             self._step_floats(lists, layout, group, step)
             return
-        states = [self.state[p] for p in lists.params]
-        for part in int8_momentum.in_float_by_parts(lists, states, group["max_workspace_bytes"] // 2):
-            self._step_floats(part, layout, group, step)
+        half = max(1, group["max_workspace_bytes"] // 2)  # for the momenta, and for the step
+        for part in int8_momentum.in_float_by_parts(lists, [self.state[p] for p in lists.params], half):
+            self._step_floats(part, layout, {**group, "max_workspace_bytes": half}, step)
 
     def _step_floats(self, lists: MatrixLists, layout: MatrixLayout, group: dict[str, Any], step: float) -> None:
         """What the GPU kernels can take by them, the others plainly."""
