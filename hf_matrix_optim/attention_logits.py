@@ -36,6 +36,10 @@ class LogitWatch:
     projections: AttentionProjections
     max_logits: Tensor
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy of the model, or a pickle of it, has None here: it is not watched, and needs no class of ours."""
+        return type(None), ()
+
 
 def watch(watches: Sequence[LogitWatch]) -> None:
     """Look at the logits of these modules from now on."""
@@ -49,7 +53,7 @@ def unwatch(watches: Sequence[LogitWatch]) -> None:
     for each in watches:
         if getattr(each.projections.module, _WATCH, None) is each:
             delattr(each.projections.module, _WATCH)
-    _unwatch_attention()
+    unwatch_attention()
 
 
 def refuse_implementation(projections: AttentionProjections) -> None:
@@ -85,7 +89,8 @@ def _watch_attention() -> None:
     AttentionInterface.get_interface = get_interface
 
 
-def _unwatch_attention() -> None:
+def unwatch_attention() -> None:
+    """Undo one ``watch``, but for what its modules keep."""
     global _original_get_interface, _watchers
     _watchers -= 1
     if _watchers == 0 and _original_get_interface is not None:

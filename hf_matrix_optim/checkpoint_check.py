@@ -3,8 +3,10 @@
 import logging
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from hf_matrix_optim.int8_momentum import BLOCK
 from hf_matrix_optim.matrix_layout import MatrixLayout
 
 logger = logging.getLogger(__name__)
@@ -69,6 +71,12 @@ def check_state(state: dict[str, Any], param: Tensor, name: str) -> None:
             raise ValueError(
                 f"{key} of parameter {name} in the checkpoint has shape {tuple(state[key].shape)}, the parameter "
                 f"{tuple(param.shape)}: use the model of the checkpoint"
+            )
+        scale = state.get("momentum_scale")
+        if state[key].dtype == torch.int8 and (scale is None or scale.numel() * BLOCK != param.numel()):
+            raise ValueError(
+                f"{key} of parameter {name} in the checkpoint is int8, without a momentum_scale for each {BLOCK} of "
+                f"its {param.numel()} elements: the checkpoint is not complete, use another one"
             )
         saved, own = (getattr(tensor, "placements", None) for tensor in (state[key], param))
         if saved != own:

@@ -5,8 +5,9 @@ from typing import Any
 
 from transformers.trainer_callback import TrainerCallback
 
+from hf_matrix_optim.diagnostics_summary import PREFIX
 from hf_matrix_optim.matrix_optimizer import MatrixOptimizer
-from hf_matrix_optim.optimizer_diagnostics import PREFIX, OptimizerDiagnostics
+from hf_matrix_optim.optimizer_diagnostics import OptimizerDiagnostics
 from hf_matrix_optim.registration import options_asked_for
 from hf_matrix_optim.tripwire import innermost_optimizer
 
@@ -25,9 +26,16 @@ class DiagnosticsCallback(TrainerCallback):
     Args:
         steps: measure every so many optimizer steps; None: what the run's options say.
         per_layer: see ``OptimizerDiagnostics``; with ``steps``.
+
+    Raises:
+        ValueError: if ``steps`` is no whole number above 0.
     """
 
     def __init__(self, steps: int | None = None, *, per_layer: bool = False) -> None:
+        if steps is not None and (type(steps) is not int or steps < 1):
+            raise ValueError(
+                f"steps={steps!r} must be a whole number of optimizer steps, at least 1: 50 for every 50th"
+            )
         self.steps, self.per_layer = steps, per_layer
         self._every = 0
         self._diagnostics: OptimizerDiagnostics | None = None
@@ -39,7 +47,7 @@ class DiagnosticsCallback(TrainerCallback):
         """Read the options of the run.
 
         Raises:
-            ValueError: if the run logs nothing.
+            ValueError: if the run logs nothing, or ``steps`` were given for an optimizer of another package.
         """
         self._diagnostics = self._measured_step = None
         found = innermost_optimizer(optimizer)
@@ -49,6 +57,11 @@ class DiagnosticsCallback(TrainerCallback):
         else:
             self._every = 0 if options is None else options.diagnostics
             per_layer = options is not None and options.diagnostics_per_layer
+        if self.steps is not None and not isinstance(found, MatrixOptimizer):
+            raise ValueError(
+                f"DiagnosticsCallback({self.steps}) needs an optimizer of this package, not {type(found).__name__}: "
+                "choose one, such as --optim muon, or leave the callback out"
+            )
         if not self._every or not isinstance(found, MatrixOptimizer):
             self._every = 0
             return
@@ -64,6 +77,13 @@ class DiagnosticsCallback(TrainerCallback):
                 self._every,
                 state.logging_steps,
                 self._every,
+            )
+        if state.global_step // self._every == state.max_steps // self._every:
+            logger.warning(
+                "diagnostics=%d measures no step of this run, which goes from step %d to %d: choose a smaller number",
+                self._every,
+                state.global_step,
+                state.max_steps,
             )
         self._diagnostics = OptimizerDiagnostics(model, found, per_layer=per_layer)
 

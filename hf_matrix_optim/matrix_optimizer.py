@@ -414,9 +414,10 @@ def _momentum_dtype(p: Tensor, group: dict[str, Any]) -> torch.dtype:
 def _zero_momentum(p: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
     if group["momentum_dtype"] == INT8:
         if is_sharded(p):
+            name = parameter_name(group, [own is p for own in group["params"]].index(True))
             raise RuntimeError(
-                f"momentum_dtype='{INT8}' was asked for, but a parameter of shape {tuple(p.shape)} is in shards: "
-                "use momentum_dtype='bfloat16', or DDP"
+                f"momentum_dtype='{INT8}' was asked for, but parameter {name} is in shards: use "
+                "momentum_dtype='bfloat16', or DDP"
             )
         if int8_momentum.takes(p):
             return int8_momentum.zeros_for(p)

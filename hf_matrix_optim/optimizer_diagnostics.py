@@ -1,20 +1,21 @@
 """What one step of a matrix optimizer does to the weights, measured beside it and without a change to it.
 
 ``before_step`` keeps copies of matrices, ``after_step`` compares them with what the step has made of them and leaves a
-few numbers a matrix on the device, and ``values`` brings those to the host, in one transfer, and sums them up.
+few numbers a matrix on the device, and ``values`` sums them up on the host, by ``diagnostics_summary``.
 """
 
 import logging
 import math
 import time
 from collections import defaultdict
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from hf_matrix_optim.attention_logit_bounds import find_logit_bounds
+from hf_matrix_optim.diagnostics_summary import MeasuredMatrix, Reading, summarize
 from hf_matrix_optim.int8_momentum import in_float
 from hf_matrix_optim.matrix_layout import MatrixLayout, split_parts, to_matrices
 from hf_matrix_optim.matrix_optimizer import CPU_STACK_BYTES, MatrixOptimizer
@@ -26,13 +27,10 @@ from hf_matrix_optim.spectral_norm import frobenius_and_spectral_norm, orthogona
 # A child of transformers' own logger, so that --log_level and set_verbosity_info() reach it.
 logger = logging.getLogger("transformers.hf_matrix_optim")
 
-PREFIX = "diagnostics/"
 #: Most elements of each parameter of an AdamW group that are compared, in evenly spread rows.
 ADAMW_ELEMENTS = 2**18
 #: Copies kept over the step take at most this part of max_workspace_bytes, a stack with its temporary copies the rest.
 SNAPSHOT_PART, STACK_PART = 2, 16
-#: What is measured of each matrix, in this order.
-MEASURED = ("weight", "change", "update", "orthogonality", "weight_spectral", "momentum", "momentum_spectral")
 GOLDEN_RATIO = (5**0.5 - 1) / 2
 
 
@@ -57,18 +55,6 @@ class _Stack:
 
     matrices: list[_Matrix]
     before: Tensor | None = None
-
-
-@dataclass
-class _Reading:
-    """Numbers of one step, on their way to the host."""
-
-    matrices: list[_Matrix]
-    has_gradient: list[bool]
-    rates: list[float | None]  # of the groups; None: on the device, among ``numbers``
-    attention: list[str]
-    numbers: dict[str, Tensor] = field(default_factory=dict)  # 1-D each
-    events: dict[str, Any] = field(default_factory=dict)
 
 
 class OptimizerDiagnostics:
@@ -128,7 +114,7 @@ class OptimizerDiagnostics:
         if not isinstance(optimizer, MatrixOptimizer):
             raise TypeError(
                 f"diagnostics need an optimizer of hf_matrix_optim, not {type(optimizer).__name__}: create it with "
-                "create_optimizer, Muon, AdaMuon or MUD"
+                "create_optimizer, Muon, AdaMuon or MUD, and give it without a wrapper, whose .optimizer it often is"
             )
         self.optimizer = optimizer
         self.per_layer = per_layer
@@ -140,7 +126,7 @@ class OptimizerDiagnostics:
         self._adamw_elements = 0
         self._rates: list[Any] = []
         self._marks: dict[str, Any] = {}
-        self._reading: _Reading | None = None
+        self._reading: Reading | None = None
         self._told_sample = False
 
     # ---- around the step ----
@@ -159,7 +145,7 @@ class OptimizerDiagnostics:
             rate.detach().clone() if isinstance(rate, Tensor) and rate.device.type != "cpu" else float(rate)
             for rate in rates
         ]
-        budget = min(int(group["max_workspace_bytes"]) for group in groups if group["role"] == "matrix")
+        budget = min(int(group["max_workspace_bytes"]) for group in groups)
         self._before = self._stacks(budget)
         read = _WholeTensors(groups)
         for stack in self._before:
@@ -187,12 +173,20 @@ class OptimizerDiagnostics:
         groups = self.optimizer.param_groups
         matrices = [matrix for stack in self._before for matrix in stack.matrices]
         attention, _ = find_logit_bounds(self._model)  # anew, for engines exchange parameters
-        reading = _Reading(
-            matrices=matrices,
-            has_gradient=[groups[m.group]["params"][m.index].grad is not None for m in matrices],
+        reading = Reading(
+            matrices=[
+                MeasuredMatrix(
+                    name=_name_of(matrix, groups[matrix.group]),
+                    group=matrix.group,
+                    shape=matrix.shape,
+                    has_gradient=_has_grad(groups[matrix.group]["params"][matrix.index]),
+                )
+                for matrix in matrices
+            ],
+            roles=[group["role"] for group in groups],
             rates=[None if isinstance(rate, Tensor) else rate for rate in self._rates],
             attention=[bound.projections.name for bound in attention],
-            events=self._marks,
+            marks=self._marks,
         )
         self._marks = {}
         read = _WholeTensors(groups, self.optimizer.state)
@@ -218,20 +212,7 @@ class OptimizerDiagnostics:
         """
         if self._reading is None:
             raise RuntimeError("no step has been measured: call before_step() and after_step() around one")
-        reading = self._reading
-        numbers = _to_host(reading.numbers)
-        values: dict[str, float] = {PREFIX + "matrices": len(reading.matrices)}
-        self._summarize_matrices(values, reading, numbers)
-        self._summarize_sums(values, numbers)
-        if reading.attention:
-            bounds = numbers["attention"]
-            values[PREFIX + "attention_logit_bound_max"] = _largest(bounds)
-            if self.per_layer:
-                by_name = zip(reading.attention, bounds, strict=True)
-                values.update({f"{PREFIX}attention_logit_bound/{name}": bound for name, bound in by_name})
-        if (share := _time_share(reading.events)) is not None:
-            values[PREFIX + "optimizer_time_share"] = share
-        return values
+        return summarize(self._reading, per_layer=self.per_layer)
 
     # ---- what is measured ----
 
@@ -301,7 +282,7 @@ class OptimizerDiagnostics:
         norms = frobenius_and_spectral_norm(momentum)
         return torch.stack([weight_norm, change_norm, update_norm, error, weight_spectral, *norms])
 
-    def _add_sums(self, reading: _Reading, groups: list[dict[str, Any]]) -> None:
+    def _add_sums(self, reading: Reading, groups: list[dict[str, Any]]) -> None:
         """Squared norms of each group, and its skips; collectives where there are DTensors, alike on all ranks."""
         for g, group in enumerate(groups):
             by_mesh: dict[Any, list[int]] = defaultdict(list)
@@ -320,6 +301,8 @@ class OptimizerDiagnostics:
                     pairs[1].append(new.to(state_dtype(old)) - old)
                 local = [_sum_of_squares(tensors, local_of(first)) for tensors in (grads, *pairs)]
                 sums.append(over_shards(torch.stack(local), first, "sum"))
+            if not sums:  # a group without parameters
+                sums.append(torch.zeros(3))
             reading.numbers[f"sums_{g}"] = torch.stack([part.to(sums[0].device) for part in sums]).sum(0)
             if group["role"] == "matrix":
                 reading.numbers[f"skipped_{g}"] = self._skips(group, by_mesh)
@@ -336,7 +319,7 @@ class OptimizerDiagnostics:
             if skipped:  # a rank without elements of a matrix does not count its skips
                 counts.append(over_shards(torch.cat(skipped), params[0], "max").sum())
         if not counts:
-            return torch.zeros(1, device=local_of(group["params"][0]).device)
+            return torch.zeros(1)
         return torch.stack([count.to(counts[0].device) for count in counts]).sum(0, keepdim=True)
 
     def _mark(self) -> Any:
@@ -347,60 +330,6 @@ class OptimizerDiagnostics:
             event.record(torch.cuda.current_stream(device))
             return event
         return time.perf_counter() if device.type == "cpu" else None
-
-    # ---- on the host ----
-
-    def _summarize_matrices(
-        self, values: dict[str, float], reading: _Reading, numbers: dict[str, list[float]]
-    ) -> None:
-        groups = self.optimizer.param_groups
-        count = len(reading.matrices)
-        flat = numbers.get("matrices", [])
-        columns = {name: flat[i * count : (i + 1) * count] for i, name in enumerate(MEASURED)}
-        several = len({i for i, group in enumerate(groups) if group["role"] == "matrix"}) > 1
-        collected: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
-        for i, matrix in enumerate(reading.matrices):
-            if not reading.has_gradient[i]:
-                continue
-            rate = reading.rates[matrix.group]
-            rate = numbers[f"rate_{matrix.group}"][0] if rate is None else rate
-            known = _values_of({name: column[i] for name, column in columns.items()}, matrix.shape, rate)
-            wanted = [""]
-            if several:
-                wanted.append(f"/group_{matrix.group}")
-            if self.per_layer:
-                wanted.append("/" + self._name_of(matrix))
-            for name, value in known.items():
-                for suffix in wanted:
-                    collected[name][suffix].append(value)
-        for name, by_suffix in collected.items():
-            for suffix, found in by_suffix.items():
-                total = _largest(found) if name.endswith("_max") else sum(found) / len(found)
-                values[PREFIX + name + suffix] = total
-
-    def _summarize_sums(self, values: dict[str, float], numbers: dict[str, list[float]]) -> None:
-        groups = self.optimizer.param_groups
-        for role in ("matrix", "adamw"):
-            members = [i for i, group in enumerate(groups) if group["role"] == role]
-            chosen: list[tuple[str, list[int]]] = [("", members)]
-            if len(members) > 1:
-                chosen += [(f"/group_{i}", [i]) for i in members]
-            for suffix, some in chosen:
-                sums = [numbers[f"sums_{i}"] for i in some]
-                if sums:
-                    values[f"{PREFIX}grad_norm_{role}{suffix}"] = math.sqrt(sum(found[0] for found in sums))
-                weights, changes = (sum(found[k] for found in sums) for k in (1, 2))
-                if role == "adamw" and weights:
-                    values[f"{PREFIX}relative_update_adamw{suffix}"] = math.sqrt(changes / weights)
-        values[PREFIX + "skipped_matrices"] = int(
-            sum(numbers[f"skipped_{i}"][0] for i, group in enumerate(groups) if group["role"] == "matrix")
-        )
-
-    def _name_of(self, matrix: _Matrix) -> str:
-        group = self.optimizer.param_groups[matrix.group]
-        names = group.get("param_names")
-        name = names[matrix.index] if names else f"group_{matrix.group}.param_{matrix.index}"
-        return f"{name}.part_{matrix.part}" if group.get("split_sizes") else name
 
 
 class _WholeTensors:
@@ -441,6 +370,12 @@ def _sampled_rows(tensor: Tensor, elements: int) -> Tensor:
     return tensor[:: -(-tensor.size(0) // rows)]
 
 
+def _name_of(matrix: _Matrix, group: dict[str, Any]) -> str:
+    names = group.get("param_names")
+    name = names[matrix.index] if names else f"group_{matrix.group}.param_{matrix.index}"
+    return f"{name}.part_{matrix.part}" if group.get("split_sizes") else str(name)
+
+
 def _has_grad(p: Tensor) -> bool:
     return p.grad is not None
 
@@ -464,53 +399,3 @@ def _sum_of_squares(tensors: list[Tensor], like: Tensor) -> Tensor:
         for norm in torch._foreach_norm(same, 2, dtype=torch.promote_types(found, torch.float32))
     ]
     return torch.stack(norms).square().sum()
-
-
-def _to_host(numbers: dict[str, Tensor]) -> dict[str, list[float]]:
-    """All numbers, by one transfer from each device."""
-    by_device: dict[torch.device, list[str]] = defaultdict(list)
-    for name, tensor in numbers.items():
-        by_device[tensor.device].append(name)
-    host: dict[str, list[float]] = {}
-    for device, names in by_device.items():
-        dtype = torch.float32 if device.type == "mps" else torch.float64
-        flat = torch.cat([numbers[name].flatten().to(dtype) for name in names]).tolist()
-        for name in names:
-            host[name], flat = flat[: numbers[name].numel()], flat[numbers[name].numel() :]
-    return host
-
-
-def _values_of(measured: dict[str, float], shape: tuple[int, int], rate: float) -> dict[str, float]:
-    """The values of one matrix that are defined."""
-    values: dict[str, float] = {}
-    if rate != 0:
-        values["update_rms"] = measured["update"] / math.sqrt(math.prod(shape))
-        if measured["update"] != 0:
-            values["orthogonality_error"] = measured["orthogonality"]
-    if measured["weight"] != 0:
-        values["relative_update"] = measured["change"] / measured["weight"]
-    if measured["momentum"] != 0 and measured["momentum_spectral"] != 0:
-        values["momentum_stable_rank"] = (measured["momentum"] / measured["momentum_spectral"]) ** 2
-    values["spectral_norm_max"] = measured["weight_spectral"]
-    return values
-
-
-def _largest(found: list[float]) -> float:
-    """NaN if there is one."""
-    return next((value for value in found if math.isnan(value)), max(found))
-
-
-def _time_share(marks: dict[str, Any]) -> float | None:
-    """Of the time between "begin" and "backward", and "start" and "end", the part of the latter."""
-    if marks.get("begin") is None:
-        return None
-
-    def seconds(first: Any, second: Any) -> float:
-        if isinstance(second, float):
-            return second - float(first)
-        second.synchronize()
-        return float(first.elapsed_time(second)) / 1000
-
-    step = seconds(marks["start"], marks["end"])
-    rest = seconds(marks["begin"], marks["backward"])
-    return step / (step + rest) if step + rest > 0 else None

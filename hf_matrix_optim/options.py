@@ -160,6 +160,16 @@ def parse_options(name: str, optim_args: dict[str, str]) -> MatrixOptimizerOptio
     return options_class(**values)
 
 
+def check_qk_clip(threshold: Any) -> None:
+    """Raise ValueError if ``threshold`` is no threshold of attention logits."""
+    is_number = isinstance(threshold, (int, float)) and not isinstance(threshold, bool)
+    if not is_number or not 0 < threshold < float("inf"):
+        raise ValueError(
+            f"qk_clip={threshold!r} is not allowed: the threshold must be above 0 and finite, say 100; None "
+            "leaves the logits alone"
+        )
+
+
 def checked_name(name: str) -> str:
     """Return ``name`` if it is one of ``OPTIMIZER_NAMES``.
 

@@ -7,6 +7,7 @@ here.
 """
 
 import logging
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,7 +26,9 @@ from hf_matrix_optim.attention_projections import (
     projections_of,
 )
 from hf_matrix_optim.flattening import refuse_flattened
+from hf_matrix_optim.options import check_qk_clip
 from hf_matrix_optim.sharding.largest import data_parallel_groups, largest_over, refuse_tensor_parallel, scale_rows
+from hf_matrix_optim.tripwire import innermost_optimizer
 
 # A child of transformers' own logger, so that --log_level and set_verbosity_info() reach it.
 logger = logging.getLogger("transformers.hf_matrix_optim")
@@ -79,13 +82,13 @@ class QKClip:
                 the module, the reason and the remedy.
             NotImplementedError: under DeepSpeed ZeRO, FSDP1, DataParallel and tensor parallelism.
         """
-        if not 0 < threshold < float("inf"):
-            raise ValueError(f"qk_clip={threshold} is not allowed: the threshold must be above 0 and finite")
+        check_qk_clip(threshold)
         refuse_flattened("qk_clip", model)
         self.threshold = float(threshold)
         self._sites = [_Site.of(found) for found in _clippable(model)]
         self._groups: list[Any] | None = None
         self._handle: Any = None
+        self._let_go: weakref.finalize[..., Any] | None = None
         self._optimizer: Optimizer | None = None
         device = self._sites[0].watch.max_logits.device
         self._largest = torch.full((), -torch.inf, device=device)
@@ -94,13 +97,25 @@ class QKClip:
     def attach(self, optimizer: Optimizer) -> "QKClip":
         """Watch the model's attention from now on, and clip after each step of ``optimizer``; return self.
 
+        The optimizer may be in accelerate's wrapper.
+
+        Another QKClip that watches the same modules sees nothing from then on.
+
         Raises:
-            RuntimeError: if it is attached already.
+            RuntimeError: if it is attached already, or the optimizer has another one.
+            TypeError: if the optimizer is not one of torch's.
         """
         if self._handle is not None:
             raise RuntimeError("this QKClip is attached already: detach() it first")
-        attention_logits.watch([site.watch for site in self._sites])
+        optimizer = innermost_optimizer(optimizer)
+        if not isinstance(optimizer, Optimizer):
+            raise TypeError(f"a QKClip is attached to a torch.optim.Optimizer, not to {type(optimizer).__name__}")
+        if getattr(optimizer, "qk_clip", None) is not None:
+            raise RuntimeError("this optimizer has a QKClip already: optimizer.qk_clip.detach() it first")
         self._handle = optimizer.register_step_post_hook(lambda *_: self.clip())
+        attention_logits.watch([site.watch for site in self._sites])
+        # Where nobody detaches it, as after an exception, it goes with model and optimizer.
+        self._let_go = weakref.finalize(self, attention_logits.unwatch_attention)
         self._optimizer = optimizer
         vars(optimizer)["qk_clip"] = self
         return self
@@ -111,6 +126,8 @@ class QKClip:
             return
         self._handle.remove()
         self._handle = None
+        if self._let_go is not None:
+            self._let_go.detach()
         attention_logits.unwatch([site.watch for site in self._sites])
         if self._optimizer is not None and getattr(self._optimizer, "qk_clip", None) is self:
             del vars(self._optimizer)["qk_clip"]
@@ -126,7 +143,9 @@ class QKClip:
             RuntimeError: if no attention logit was seen before the first step.
         """
         watches = [site.watch for site in self._sites]
-        device = self._largest.device
+        device = watches[0].max_logits.device
+        if device != self._largest.device:  # the model was moved after this was made
+            self._largest, self._clips = self._largest.to(device), self._clips.to(device)
         largest = torch.cat([watch.max_logits.to(device) for watch in watches])
         is_first = self._groups is None
         if self._groups is None:

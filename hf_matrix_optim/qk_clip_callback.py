@@ -15,7 +15,8 @@ class QKClipCallback(TrainerCallback):
     """Attaches a ``QKClip`` to model and optimizer for a training, and logs what it did.
 
     Each entry with a ``learning_rate`` gets ``qk_clip/max_logit``, the largest attention logit since the last one
-    (before clipping), and ``qk_clip/clipped_heads``, how many times a head was clipped since then.
+    (before clipping), and ``qk_clip/clipped_heads``, how many times a head was clipped since then; so does the summary
+    at the end of training, if there were steps after the last entry.
     """
 
     def __init__(self) -> None:
@@ -42,11 +43,14 @@ class QKClipCallback(TrainerCallback):
         self._detach()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        if self._clip is None or logs is None or "learning_rate" not in logs:
+        is_summary = logs is not None and "train_runtime" in logs
+        if self._clip is None or logs is None or not ("learning_rate" in logs or is_summary):
             return
         report = self._clip.drain()
+        if is_summary and "qk_clip/max_logit" not in report:
+            return
         logs.update(report)
-        if state.log_history and "learning_rate" in state.log_history[-1]:
+        if state.log_history:
             state.log_history[-1].update(report)
 
     @staticmethod

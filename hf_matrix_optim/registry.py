@@ -16,6 +16,7 @@ from hf_matrix_optim.options import (
     OPTIMIZER_NAMES,
     OPTIONS_CLASSES,
     MatrixOptimizerOptions,
+    check_qk_clip,
     checked_name,
     parse_options,
 )
@@ -66,9 +67,9 @@ def create_optimizer(
     """
     if options is not None and options.diagnostics:
         raise ValueError(
-            f"diagnostics={options.diagnostics} is logged by Trainer, and create_optimizer makes an optimizer without "
-            "one: in a loop of your own, put hf_matrix_optim.OptimizerDiagnostics around optimizer.step(); with "
-            "Trainer, use --optim_args or MatrixTrainer(diagnostics_steps=...)"
+            f"diagnostics={options.diagnostics!r} is logged by Trainer, and create_optimizer makes an optimizer "
+            "without one: in a loop of your own, put hf_matrix_optim.OptimizerDiagnostics around optimizer.step(); "
+            "with Trainer, use --optim_args or MatrixTrainer(diagnostics_steps=...)"
         )
     optimizer_class, kwargs = optimizer_class_and_kwargs(
         name, model, lr=lr, weight_decay=weight_decay, betas=betas, eps=eps, options=options
@@ -112,8 +113,8 @@ def optimizer_class_and_kwargs(
         raise ValueError(f"options of {name!r} must be {options_class.__name__}, not {type(options).__name__}")
     if options.matrix_lr is not None and not 0 <= options.matrix_lr < float("inf"):
         raise ValueError(f"matrix_lr={options.matrix_lr} is not allowed: it must be at least 0 and finite")
-    if options.qk_clip is not None and not 0 < options.qk_clip < float("inf"):
-        raise ValueError(f"qk_clip={options.qk_clip} is not allowed: the threshold must be above 0 and finite")
+    if options.qk_clip is not None:
+        check_qk_clip(options.qk_clip)
     check_diagnostics(options)
 
     partition_options = partition_options_of(options)
@@ -144,6 +145,8 @@ def check_diagnostics(options: MatrixOptimizerOptions) -> None:
         raise ValueError(
             f"diagnostics={steps!r} must be a whole number of optimizer steps: 50 measures every 50th, 0 never"
         )
+    if not isinstance(options.diagnostics_per_layer, bool):
+        raise ValueError(f"diagnostics_per_layer={options.diagnostics_per_layer!r} must be True or False")
     if options.diagnostics_per_layer and not steps:
         raise ValueError("diagnostics_per_layer=True needs diagnostics, every how many optimizer steps to measure: 50")
 

@@ -1,4 +1,4 @@
-"""Pictures of a Trainer's logs: loss and learning rate, and one for each kind of diagnostics."""
+"""Pictures of a Trainer's logs: loss and learning rate, and one for each kind of diagnostics and of QK-Clip."""
 
 import json
 import os
@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 STATE_FILE = "trainer_state.json"
-PREFIX = "diagnostics/"
+DIAGNOSTICS, QK_CLIP = "diagnostics/", "qk_clip/"
 SOFTWARE = "hf_matrix_optim plots"  # in the PNGs, so that they are known as ours
+ANOTHER_FILE = f"Give the {STATE_FILE} of another checkpoint, or run the command again if this one is being written"
 #: Lines of a picture that a legend still tells apart.
 LEGEND_LINES = 12
 #: One figure a family: the keys in it (their parts before a group's or layer's name), and the label of its axis.
@@ -22,6 +23,8 @@ FAMILIES = {
     "grad_norm": ("norm of the gradients, after clipping", True),
     "skipped_matrices": ("matrices skipped so far", False),
     "optimizer_time_share": ("share of optimizer.step() in the step", False),
+    "max_logit": ("largest attention logit since the log before, before clipping", True),
+    "clipped_heads": ("times a head was clipped since the log before", False),
 }
 
 Line = tuple[list[float], list[float]]
@@ -50,7 +53,14 @@ def newest_state_file(source: Path) -> Path:
             f"{str(source)!r} has no {STATE_FILE}, neither itself nor in a checkpoint: Trainer writes one with each "
             "checkpoint (--save_strategy steps) and with trainer.save_state()"
         )
-    return max(found, key=lambda path: int(read_state(path).get("global_step", 0)))
+    return max(found, key=_steps)
+
+
+def _steps(path: Path) -> float:
+    steps = read_state(path).get("global_step", 0)
+    if isinstance(steps, (int, float)):
+        return steps
+    raise PlotError(f"{str(path)!r} has global_step={steps!r}, which is no number: {ANOTHER_FILE}")
 
 
 def read_state(path: Path) -> dict[str, Any]:
@@ -65,14 +75,16 @@ def read_state(path: Path) -> dict[str, Any]:
             return dict(state)
     except (OSError, UnicodeDecodeError, json.JSONDecodeError, TypeError, KeyError):
         pass
-    raise PlotError(f"{str(path)!r} is not a {STATE_FILE} of Trainer: it has no log_history that can be read")
+    raise PlotError(
+        f"{str(path)!r} is not a {STATE_FILE} of Trainer: it has no log_history that can be read. {ANOTHER_FILE}"
+    )
 
 
 def lines_of(log_history: list[dict[str, Any]]) -> dict[str, dict[str, Line]]:
     """The lines of each picture, by its name and by theirs; ``(steps, values)`` each.
 
-    "loss" has ``loss`` and ``eval_loss``, "learning_rate" the rates, and a family of diagnostics the values that were
-    measured, over the step at which they were.
+    "loss" has ``loss`` and ``eval_loss``, "learning_rate" the rates, a family of diagnostics the values that were
+    measured, over the step at which they were, and one of QK-Clip those of the log.
     """
     pictures: dict[str, dict[str, Line]] = defaultdict(lambda: defaultdict(lambda: ([], [])))
     for entry in log_history:
@@ -84,13 +96,14 @@ def lines_of(log_history: list[dict[str, Any]]) -> dict[str, dict[str, Line]]:
                 picture = "loss"
             elif key in ("learning_rate", "matrix_learning_rate"):
                 picture = "learning_rate"
-            elif key.startswith(PREFIX):
-                name = key.removeprefix(PREFIX)
+            elif key.startswith((DIAGNOSTICS, QK_CLIP)):
+                name = key.partition("/")[2]
                 picture = next((family for family in FAMILIES if name.startswith(family)), "")
-                step = entry.get(PREFIX + "step", step)
+                if key.startswith(DIAGNOSTICS):
+                    step = entry.get(DIAGNOSTICS + "step", step)
             else:
                 continue
-            if picture and step is not None:
+            if picture and isinstance(step, (int, float)):
                 pictures[picture][name][0].append(float(step))
                 pictures[picture][name][1].append(float(value))
     return {picture: dict(lines) for picture, lines in pictures.items()}
@@ -107,7 +120,8 @@ def draw_plots(source: Path, output: Path | None = None) -> list[Path]:
         The files. Earlier ones of this function are replaced.
 
     Raises:
-        PlotError: if there is nothing to draw, matplotlib is missing, or a file of that name is not of this function.
+        PlotError: if there is nothing to draw, matplotlib is missing, a file of that name is not of this function, or
+            the folder cannot be written to.
     """
     path = newest_state_file(source)
     pictures = lines_of(read_state(path)["log_history"])
@@ -128,14 +142,19 @@ def draw_plots(source: Path, output: Path | None = None) -> list[Path]:
     panels: dict[str, dict[str, dict[str, Line]]] = {"training": training} if training else {}
     panels |= {name: {name: pictures[name]} for name in FAMILIES if name in pictures}
     files = [output / f"{name}.png" for name in panels]
-    for file in files:
-        if file.exists() and SOFTWARE.encode() not in file.read_bytes():
-            raise PlotError(
-                f"{str(file)!r} was not drawn by this command and is not replaced: give another --output folder"
-            )
-    output.mkdir(parents=True, exist_ok=True)
-    for file, panel in zip(files, panels.values(), strict=True):
-        _draw(file, panel)
+    try:
+        for file in files:
+            if file.exists() and (file.is_dir() or SOFTWARE.encode() not in file.read_bytes()):
+                raise PlotError(
+                    f"{str(file)!r} was not drawn by this command and is not replaced: give another --output folder"
+                )
+        output.mkdir(parents=True, exist_ok=True)
+        for file, panel in zip(files, panels.values(), strict=True):
+            _draw(file, panel)
+    except OSError as error:
+        raise PlotError(
+            f"plots cannot be written to {str(output)!r} ({error.strerror}): give another --output folder"
+        ) from None
     return files
 
 
@@ -165,6 +184,9 @@ def _draw(file: Path, panels: dict[str, dict[str, Line]]) -> None:
             axis.set_title(f"thin: {len(layers)} layers, by name", fontsize=9)
         axis.legend(frameon=False, fontsize=9)
     partial = file.with_name(f".{file.name}.partial")
-    figure.savefig(partial, dpi=120, format="png", metadata={"Software": SOFTWARE})
-    plt.close(figure)
-    os.replace(partial, file)
+    try:
+        figure.savefig(partial, dpi=120, format="png", metadata={"Software": SOFTWARE})
+        os.replace(partial, file)
+    finally:
+        plt.close(figure)
+        partial.unlink(missing_ok=True)

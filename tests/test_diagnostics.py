@@ -484,3 +484,44 @@ def test_measuring_waits_for_no_gpu():
     found = diagnostics.values()
     assert 0.1 < found["diagnostics/update_rms"] < 0.25
     assert 0 < found["diagnostics/optimizer_time_share"] <= 1
+
+
+def test_groups_of_adamw_alone_and_empty_ones():
+    layer = nn.Linear(4, 4)
+    layer(torch.ones(1, 4)).sum().backward()
+    for groups, expected in (
+        ([{"params": list(layer.parameters()), "role": "adamw"}], 0),
+        ([{"params": [layer.weight]}, {"params": []}, {"params": [], "role": "adamw"}], 1),
+    ):
+        optimizer = hf_matrix_optim.Muon(groups, lr=LR)
+        diagnostics = OptimizerDiagnostics(layer, optimizer)
+        diagnostics.before_step()
+        optimizer.step()
+        diagnostics.after_step()
+        found = diagnostics.values()
+        assert found["diagnostics/matrices"] == expected
+        assert found["diagnostics/skipped_matrices"] == 0
+        assert ("diagnostics/update_rms" in found) == bool(expected)
+
+
+def test_a_run_in_which_nothing_is_measured_is_warned_of(tmp_path, caplog):
+    logger = logging.getLogger("transformers.hf_matrix_optim")
+    logger.addHandler(caplog.handler)
+    try:
+        trained(tmp_path, optim="mud", optim_args="diagnostics=2", logging_steps=1, max_steps=2)
+        assert "measures no step" not in caplog.text
+        trained(tmp_path, optim="mud", optim_args="diagnostics=50", logging_steps=1, max_steps=2)
+    finally:
+        logger.removeHandler(caplog.handler)
+    assert "diagnostics=50 measures no step of this run, which goes from step 0 to 2" in caplog.text
+
+
+def test_a_callback_of_ones_own(tmp_path):
+    for steps in (0, -2, True, 2.5):
+        with pytest.raises(ValueError, match=f"steps={steps!r} must be a whole number of optimizer steps"):
+            DiagnosticsCallback(steps)
+    trainer = Trainer(
+        tiny_model("gpt2"), arguments(tmp_path), train_dataset=token_rows(), callbacks=[DiagnosticsCallback(1)]
+    )
+    with pytest.raises(ValueError, match=r"DiagnosticsCallback\(1\) needs an optimizer of this package, not AdamW"):
+        trainer.train()

@@ -53,7 +53,7 @@ LAYERS = {
         "distributed_step",
         "matrix_optimizer",
     },
-    "diagnostics": {"optimizer_diagnostics"},
+    "diagnostics": {"optimizer_diagnostics", "diagnostics_summary"},
     "rules": {"muon", "adamuon", "mud"},
     "hook": {
         "options",

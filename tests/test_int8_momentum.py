@@ -207,3 +207,17 @@ def test_all_sizes_are_kept_alike(size):
 def test_a_graph_is_refused():
     with pytest.raises(ValueError, match=r"cuda_graph=True needs momenta that stay .* use momentum_dtype='bfloat16'"):
         build("muon", momentum_dtype="int8", cuda_graph=True)
+
+
+def test_a_checkpoint_without_scales_is_refused():
+    optimizer, params = build("muon", momentum_dtype="int8")
+    run(optimizer, params, range(1))
+    before = in_file(optimizer.state_dict())["state"]
+    saved = in_file(optimizer.state_dict())
+    del saved["state"][0]["momentum_scale"]
+    with pytest.raises(
+        ValueError, match=r"momentum_buffer of parameter .* int8, without a momentum_scale for each 256"
+    ):
+        optimizer.load_state_dict(saved)
+    for i, state in optimizer.state_dict()["state"].items():
+        assert all(torch.equal(value, before[i][key]) for key, value in state.items())

@@ -2,12 +2,15 @@
 
 import contextlib
 import copy
+import gc
+import pickle
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 import transformers
+from accelerate import Accelerator
 from block_attention import FULL_BLOCK, PADDED_BLOCK, register_block_attention
 from no_questions import NoQuestions
 from tiny_models import random_tokens, tiny_lora_model, tiny_model
@@ -581,12 +584,70 @@ def test_without_trainer_the_optimizer_has_it():
     assert not hasattr(optimizer, "qk_clip")
 
 
+def test_nothing_is_left_when_model_and_optimizer_are_gone():
+    before = AttentionInterface.get_interface
+    create_optimizer("muon", tiny_model("qwen2"), lr=1e-3, options=MuonOptions(qk_clip=0.5))
+    model = tiny_model("qwen2")
+    optimizer = create_optimizer("muon", model, lr=1e-3, options=MuonOptions(qk_clip=0.5))
+    gc.collect()
+    assert AttentionInterface.get_interface is not before  # the second is still there
+    del optimizer
+    gc.collect()
+    assert AttentionInterface.get_interface is before
+    optimizer = create_optimizer("muon", model, lr=1e-3, options=MuonOptions(qk_clip=0.5))
+    optimizer.qk_clip.detach()
+    del optimizer
+    gc.collect()
+    with attached(model, 1.0, still(model)):  # nothing was counted twice
+        assert AttentionInterface.get_interface is not before
+
+
+def test_copies_of_a_watched_model_are_not_watched():
+    model = large_model("qwen2", "sdpa")
+    with attached(model, 1e9, still(model)) as clip:
+        copied = copy.deepcopy(model)
+        assert b"hf_matrix_optim" not in pickle.dumps(model)
+        copied(**inputs(model))
+        assert not torch.stack(seen(clip)).isfinite().any()
+        model(**inputs(model))
+        assert torch.stack(seen(clip)).isfinite().all()
+    assert not hasattr(copy.deepcopy(still(model)), "qk_clip")
+
+
+def test_an_optimizer_in_a_wrapper_of_accelerates():
+    model = large_model("qwen2", "sdpa")
+    wrapped = Accelerator(cpu=True).prepare_optimizer(still(model))
+    with attached(model, 0.5, wrapped) as clip:
+        model(**inputs(model), labels=inputs(model)["input_ids"]).loss.backward()
+        wrapped.step()
+        assert clip.drain()["qk_clip/clipped_heads"] > 0
+
+
+def test_steps_after_the_last_log_are_in_the_summary(tmp_path):
+    trainer = trained(tmp_path, optim="muon", optim_args="qk_clip=0.5", logging_steps=4, max_steps=6)
+    entries = [entry for entry in trainer.state.log_history if "qk_clip/max_logit" in entry]
+    assert [entry["step"] for entry in entries] == [4, 6]
+    assert "train_runtime" in entries[1]
+
+
 # ---- what is refused ----
 
 
+def test_what_it_is_not_attached_to():
+    model = tiny_model("qwen2")
+    with pytest.raises(TypeError, match="is attached to a torch.optim.Optimizer, not to NoneType"):
+        QKClip(model, 1.0).attach(None)
+    optimizer = still(model)
+    with (
+        attached(model, 1.0, optimizer),
+        pytest.raises(RuntimeError, match=r"has a QKClip already: optimizer.qk_clip.detach\(\) it first"),
+    ):
+        QKClip(model, 2.0).attach(optimizer)
+
+
 def test_a_threshold_out_of_range():
-    for value in (0.0, -1.0, float("inf"), float("nan")):
-        with pytest.raises(ValueError, match=f"qk_clip={value} is not allowed: the threshold must be above 0"):
+    for value in (0.0, -1.0, float("inf"), float("nan"), True, "100"):
+        with pytest.raises(ValueError, match=f"qk_clip={value!r} is not allowed: the threshold must be above 0"):
             create_optimizer("muon", tiny_model("qwen2"), lr=1e-3, options=MuonOptions(qk_clip=value))
         with pytest.raises(ValueError, match="must be above 0 and finite"):
             QKClip(tiny_model("qwen2"), value)

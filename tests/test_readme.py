@@ -84,3 +84,17 @@ def test_the_layout_names_every_module_and_no_other():
 def test_files_that_it_links_to_are_there():
     for target in re.findall(r"\]\(([^)#]+)\)", README):
         assert (ROOT / target).exists(), target
+
+
+def test_transformers_takes_the_value_of_fsdp():
+    import transformers
+
+    (value,) = set(re.findall(r"--fsdp (\w+)", README + (ROOT / "recipes" / "README.md").read_text()))
+    arguments = transformers.TrainingArguments.__new__(transformers.TrainingArguments)
+    for field in fields(transformers.TrainingArguments):
+        vars(arguments)[field.name] = None
+    arguments.fsdp, arguments.fsdp_config = value, {"version": 2}
+    if not hasattr(arguments, "_process_fsdp_args"):
+        pytest.skip("this transformers reads --fsdp elsewhere")
+    arguments._process_fsdp_args()
+    assert arguments.fsdp

@@ -46,7 +46,7 @@ def test_a_real_run(tmp_path, monkeypatch, capsys):
     args = arguments(
         tmp_path,
         optim="muon",
-        optim_args="diagnostics=2,diagnostics_per_layer=true",
+        optim_args="diagnostics=2,diagnostics_per_layer=true,qk_clip=1e9",
         save_strategy="steps",
         save_steps=3,
     )
@@ -60,7 +60,11 @@ def test_a_real_run(tmp_path, monkeypatch, capsys):
     for name in names:
         assert (tmp_path / "plots" / name).read_bytes().startswith(b"\x89PNG")
     drawn = [line for lines in lines_of(trainer.state.log_history).values() for line in lines]
-    keys = {key.removeprefix("diagnostics/") for entry in trainer.state.log_history for key in entry}
+    keys = {
+        key.removeprefix("diagnostics/").removeprefix("qk_clip/")
+        for entry in trainer.state.log_history
+        for key in entry
+    }
     keys -= {"epoch", "grad_norm", "matrices", "step", "total_flos"} | {k for k in keys if k.startswith("train_")}
     assert sorted(set(drawn)) == sorted(keys)
     assert run(monkeypatch, capsys, str(tmp_path))[0] == 0  # its own pictures are replaced
@@ -110,12 +114,16 @@ def test_what_is_refused(tmp_path, monkeypatch, capsys):
     other.write_text('{"weights": []}')
     nothing = tmp_path / "nothing.json"
     nothing.write_text('{"log_history": []}')
+    unnumbered = tmp_path / "unnumbered"
+    unnumbered.mkdir()
+    (unnumbered / "trainer_state.json").write_text('{"log_history": [], "global_step": null}')
     for source, message in (
         (tmp_path / "missing", "there is no file or folder"),
         (empty, "has no trainer_state.json"),
         (broken, "is not a trainer_state.json"),
         (other, "is not a trainer_state.json"),
         (nothing, "has neither losses nor diagnostics to draw"),
+        (unnumbered, "global_step=None, which is no number: Give the trainer_state.json of another checkpoint"),
     ):
         status, output, error = run(monkeypatch, capsys, str(source))
         assert (status, output) == (2, "")
@@ -135,3 +143,30 @@ def test_without_matplotlib(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(PlotError, match=r"pip install 'hf-matrix-optim\[plots\]'"):
         draw_plots(write_state(tmp_path / "trainer_state.json", 5))
+
+
+def test_folders_that_cannot_be_written_to(tmp_path, monkeypatch, capsys):
+    state = write_state(tmp_path / "run" / "trainer_state.json", 5)
+    (tmp_path / "folder" / "training.png").mkdir(parents=True)
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "full").mkdir()
+    for output, message in (("file", "cannot be written to"), ("folder", "was not drawn by this command")):
+        status, _, error = run(monkeypatch, capsys, str(state), "--output", str(tmp_path / output))
+        assert status == 2
+        assert message in error
+        assert "give another --output folder" in error
+    assert (tmp_path / "file").read_text() == "mine"
+
+    def full(*arguments):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("hf_matrix_optim.training_plots.os.replace", full)
+    status, _, error = run(monkeypatch, capsys, str(state), "--output", str(tmp_path / "full"))
+    assert status == 2
+    assert "No space left on device" in error
+    assert not list((tmp_path / "full").iterdir())
+
+
+def test_steps_that_are_no_numbers_are_left_out():
+    entries = [{"step": "x", "loss": 1.0}, {"step": 2, "loss": 0.5}, {"step": 2, "qk_clip/max_logit": 9.0}]
+    assert lines_of(entries) == {"loss": {"loss": ([2.0], [0.5])}, "max_logit": {"max_logit": ([2.0], [9.0])}}
