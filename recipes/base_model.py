@@ -1,5 +1,6 @@
 """The model that fine-tuning starts from: found, loaded, given LoRA adapters, and merged with them."""
 
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,10 @@ from finetune_arguments import FineTuningArguments
 from flag_checks import nearest
 from recipe_error import REFUSALS, RecipeError
 from run_folder import MERGED
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+BROKEN_WEIGHTS = (SafetensorError, pickle.UnpicklingError, EOFError)
 
 
 def base_place(name: str) -> str:
@@ -42,7 +46,8 @@ def base_config(place: str) -> PretrainedConfig:
     try:
         return AutoConfig.from_pretrained(place)
     except REFUSALS as error:
-        raise RecipeError(f"--model {place} cannot be loaded: {str(error).splitlines()[0]}") from error
+        which = "" if Path(place).is_dir() else " (it is no folder here, so a name on the Hub)"
+        raise RecipeError(f"--model {place} cannot be loaded{which}: {first_line(error)}") from error
 
 
 def empty_model(config: PretrainedConfig) -> PreTrainedModel:
@@ -54,7 +59,10 @@ def empty_model(config: PretrainedConfig) -> PreTrainedModel:
     try:
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
     except REFUSALS as error:
-        raise RecipeError(f"no causal language model of type {config.model_type}: {error}") from error
+        reason = first_line(error).partition(" Model type should be")[0]
+        raise RecipeError(
+            f"--model: there is no causal language model of type {config.model_type}: {reason}"
+        ) from error
     return model
 
 
@@ -73,12 +81,15 @@ def load_base(arguments: FineTuningArguments, place: str) -> PreTrainedModel:
         )
     try:
         model, report = AutoModelForCausalLM.from_pretrained(place, output_loading_info=True, **options)
-    except REFUSALS as error:
+    except (*REFUSALS, *BROKEN_WEIGHTS) as error:
         need = " (--load_in_4bit needs bitsandbytes: pip install bitsandbytes)" if arguments.load_in_4bit else ""
-        raise RecipeError(f"--model {place} cannot be loaded{need}: {str(error).strip().splitlines()[0]}") from error
+        raise RecipeError(
+            f"--model {place} cannot be loaded{need}: {first_line(error)}; give a whole model"
+        ) from error
     if report["missing_keys"]:
         raise RecipeError(
-            f"--model {place} lacks {len(report['missing_keys'])} weights: {min(report['missing_keys'])}"
+            f"--model {place} lacks {len(report['missing_keys'])} weights, the first {min(report['missing_keys'])}; give "
+            "a folder with all weights of the model that its config.json describes"
         )
     if arguments.load_in_4bit:
         from peft import prepare_model_for_kbit_training
@@ -121,10 +132,35 @@ def with_adapters(model: PreTrainedModel, arguments: FineTuningArguments) -> Any
         adapted = peft.get_peft_model(model, configuration)
     except REFUSALS as error:
         raise RecipeError(f"--lora_target_modules {' '.join(targets)}: {error}") from error
-    names = {name.split(".")[-1] for name, _ in model.named_modules()}
-    if missing := [name for name in arguments.modules_to_save or [] if name.split(".")[-1] not in names]:
-        raise RecipeError(f"--modules_to_save {missing[0]}: the model has no such module{nearest(missing[0], names)}")
     return adapted
+
+
+def check_adapters(model: PreTrainedModel, arguments: FineTuningArguments) -> None:
+    """Refuse a rank that no matrix of the model has, and names of modules that PEFT would pass over in silence.
+
+    Raises:
+        RecipeError: naming the flag and the value.
+    """
+    rank, targets, whole = arguments.lora_rank, arguments.lora_target_modules, arguments.modules_to_save or []
+    if rank == 0:
+        return
+    largest = max(min(weight.shape) for weight in model.parameters() if weight.ndim == 2)
+    if rank > largest:
+        raise RecipeError(
+            f"--lora_rank is {rank}; no matrix of this model has a rank above {largest}: give less, or 0 to train all "
+            "weights"
+        )
+    names = [name for name, _ in model.named_modules() if name]
+    for flag, wanted in (("lora_target_modules", targets), ("modules_to_save", whole)):
+        for word in () if list(wanted) == ["all-linear"] else wanted:
+            if not any(f".{name}".endswith(f".{word}") for name in names):
+                near = nearest(word, {name.split(".")[-1] for name in names})
+                raise RecipeError(f"--{flag} {word}: the model has no such module{near}")
+
+
+def first_line(error: Exception) -> str:
+    """Return the first line of an error's message; its type if it has none."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def save_merged(arguments: FineTuningArguments, place: str, folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -134,3 +170,8 @@ def save_merged(arguments: FineTuningArguments, place: str, folder: Path, tokeni
     merged = PeftModel.from_pretrained(load_base(arguments, place), str(folder)).merge_and_unload()
     merged.save_pretrained(folder / MERGED)
     tokenizer.save_pretrained(folder / MERGED)
+
+
+def is_merged(folder: Path) -> bool:
+    """Tell whether ``merged`` was written to its end: the tokenizer is last."""
+    return (folder / MERGED / "tokenizer_config.json").is_file()

@@ -19,7 +19,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from base_model import base_config, base_place, empty_model, load_base, save_merged, with_adapters
+from base_model import (
+    base_config,
+    base_place,
+    check_adapters,
+    empty_model,
+    is_merged,
+    load_base,
+    save_merged,
+    with_adapters,
+)
 from document_sources import check_block
 from document_tokens import saved_tokenizer, tokenizer_fingerprint
 from finetune_arguments import FineTuningArguments, parse
@@ -31,6 +40,7 @@ from recipe_trainer import PretrainingTrainer, token_loss
 from run_description import explain_model_partition, optimizer_name, run_facts, training_identity
 from run_folder import (
     AUTO,
+    MERGED,
     check_output_folder,
     check_same_run,
     checkpoint_to_resume,
@@ -76,18 +86,23 @@ def finetune(
     if not arguments.dry_run:
         check_one_gpu(training, "recipes/finetune.py")
     folder = Path(training.output_dir)
+    place = base_place(arguments.model)
+    if Path(place).is_dir() and folder.resolve() in (Path(place), *Path(place).parents):
+        raise RecipeError(f"--output_dir {folder} holds the model to start from, {place}: give another folder")
     checkpoint = checkpoint_to_resume(folder, training.resume_from_checkpoint)
-    is_own = is_checkpoint_of(folder, checkpoint)
     is_auto = str(training.resume_from_checkpoint).lower() == AUTO
     finished = read_run(folder) if is_auto and is_finished(folder) else None
+    begun = read_run(folder) if is_auto and finished is None and checkpoint is None else None  # and went no further
     if finished is None:
-        check_output_folder(folder, resume=is_own, overwrite=arguments.overwrite_output_dir)
-    place = base_place(arguments.model)
-    tokenizer = saved_tokenizer(place, "--model")
+        overwrite = arguments.overwrite_output_dir or begun is not None
+        check_output_folder(folder, resume=is_checkpoint_of(folder, checkpoint), overwrite=overwrite)
     config = base_config(place)
+    tokenizer = saved_tokenizer(place, "--model")
     check_block(arguments.block_size, config, getattr(config, "max_position_embeddings", arguments.block_size))
     with torch.device("meta"):
-        shapes = with_adapters(empty_model(config), arguments)
+        base = empty_model(config)
+        check_adapters(base, arguments)
+        shapes = with_adapters(base, arguments)
     try:
         partition = explain_model_partition(shapes, training)
     except REFUSALS as error:
@@ -98,16 +113,26 @@ def finetune(
     apply_plan(plan, training, has_validation=has_validation, is_stream=False, given=given)
     run = describe(arguments, training, place, config, tokenizer, plan, data, shapes)
     earlier = finished or (None if checkpoint is None else read_run(Path(checkpoint).parent))
+    if earlier is None and begun is not None and begun["identity"] and not arguments.overwrite_output_dir:
+        earlier = begun
     if earlier is not None:
         check_same_run(earlier, run["identity"])
-    if note := optimizer_note(run["pretrained_with"], optimizer_name(training), full=arguments.lora_rank == 0):
+    is_first = training.process_index == 0
+    note = optimizer_note(run["pretrained_with"], optimizer_name(training), full=arguments.lora_rank == 0)
+    if note and is_first:
         print(note)
     if arguments.dry_run:
-        print(json.dumps(run, indent=2, sort_keys=True, default=str))
-        print(f"\n{partition}\n\n{plan.steps:,} steps of {plan.sequences_per_step:,} blocks or rows")
+        if is_first:
+            print(json.dumps(run, indent=2, sort_keys=True, default=str))
+            print(f"\n{partition}\n\n{plan.steps:,} steps of {plan.sequences_per_step:,} blocks or rows")
         return run
     if finished is not None:
-        print(f"{folder} holds this run, finished: nothing is left to do")
+        wants_merged = arguments.merge and not is_merged(folder)
+        if wants_merged and is_first:
+            save_merged(arguments, place, folder, tokenizer)
+        if is_first:
+            left = f"its adapter is now merged in {folder / MERGED}" if wants_merged else "nothing is left to do"
+            print(f"{folder} holds this run, finished: {left}")
         return finished
     return train(run, arguments, training, place, tokenizer, data, plan, checkpoint)
 
@@ -232,7 +257,7 @@ def train(
     if trainer.state.global_step < plan.steps:
         say_stopped(trainer, plan)
         return run
-    if run.get("before"):
+    if run.get("before") and trainer.is_world_process_zero():
         print(f"validation loss before {run['before']['eval_loss']:.4f}")
     if arguments.merge and trainer.is_world_process_zero():  # before run.json has results: it says that all is there
         trainer.save_model()

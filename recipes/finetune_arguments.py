@@ -119,10 +119,13 @@ def check_values(arguments: argparse.Namespace, given: frozenset[str]) -> None:
         RecipeError: naming the flag and what to do.
     """
     ranges = (
-        *((name, 0, float("inf")) for name in ("lora_rank", "learning_rate", "weight_decay")),
+        *(
+            (name, 0, float("inf"))
+            for name in ("lora_rank", "learning_rate", "weight_decay", "dataloader_num_workers")
+        ),
         *((name, 0, 1) for name in ("validation_fraction", "lora_dropout")),
         *((name, 1, float("inf")) for name in ("preprocessing_workers", "stop_after", "gradient_accumulation_steps")),
-        ("per_device_train_batch_size", 1, float("inf")),
+        *((f"per_device_{side}_batch_size", 1, float("inf")) for side in ("train", "eval")),
         ("block_size", 2, float("inf")),
     )
     for name, lowest, end in ranges:

@@ -3,7 +3,7 @@
 import functools
 
 from chat_rows import Examples, collate, examples_fingerprint, holds_chats, read_examples
-from data_sources import data_sources
+from data_sources import DataSource, data_sources
 from document_sources import data_facts
 from finetune_arguments import FineTuningArguments
 from prepared_data import prepare_text
@@ -34,7 +34,7 @@ def read_data(
     size, words, show = arguments.block_size, config.vocab_size, not training.disable_tqdm
     if len(tokenizer) > words:
         raise RecipeError(f"the tokenizer of --model has {len(tokenizer):,} words, the model {words:,}")
-    if arguments.text_column is None and holds_chats(train):
+    if arguments.text_column is None and are_chats(train, validation):
         fraction = arguments.validation_fraction if validation is None else 0.0
         rows, held_out = read_examples(train, tokenizer, size, validation_fraction=fraction, show_progress=show)
         if validation is not None:
@@ -44,8 +44,10 @@ def read_data(
             (held_out, "--validation_data", not held_out and (validation is not None or fraction > 0)),
         ):
             if missing:
+                purpose, other = ("train on", "") if side is rows else ("hold out", ", another --validation_fraction,")
                 raise RecipeError(
-                    f"{flag}: no row is left{' to hold out' if side is held_out else ''}; give more rows"
+                    f"{flag}: no row is left to {purpose}; give more rows{other} or a larger --block_size: rows "
+                    "with nothing to predict in their first tokens are left out"
                 )
         return TrainingData(
             lambda seed, length: Examples(rows, seed=seed, length=length),
@@ -78,6 +80,22 @@ def read_data(
         blocks(data.train, seed=None, length=None).blocks,
         data_facts(data),
     )
+
+
+def are_chats(train: DataSource, validation: DataSource | None) -> bool:
+    """Tell whether the sources hold conversations.
+
+    Raises:
+        RecipeError: if one does and the other does not.
+    """
+    chats = holds_chats(train)
+    if validation is not None and holds_chats(validation) != chats:
+        forms = ("conversations", "text") if chats else ("text", "conversations")
+        raise RecipeError(
+            f"--train_data {train.files[0]} holds {forms[0]}, --validation_data {validation.files[0]} {forms[1]}: "
+            "give both alike"
+        )
+    return chats
 
 
 def plan_steps(arguments: FineTuningArguments, training: TrainingArguments, data: TrainingData) -> Plan:

@@ -5,7 +5,7 @@ import difflib
 import sys
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import fields
-from typing import Any
+from typing import Any, NoReturn
 
 from recipe_error import RecipeError
 from transformers import HfArgumentParser, TrainingArguments
@@ -23,6 +23,13 @@ def nearest(word: str, known: Iterable[str]) -> str:
     return f"; did you mean {matches[0]}?" if matches else ""
 
 
+class Scan(HfArgumentParser):
+    """A parser that raises what it would say after pages of usage."""
+
+    def error(self, message: str) -> NoReturn:
+        raise RecipeError(f"{message}; --help lists the flags")
+
+
 def given_flags(dataclasses: Sequence[Any], argv: Sequence[str]) -> tuple[argparse.Namespace, frozenset[str]]:
     """Scan a command line without the defaults of its flags.
 
@@ -37,12 +44,13 @@ def given_flags(dataclasses: Sequence[Any], argv: Sequence[str]) -> tuple[argpar
         RecipeError: for unknown flags and values of the wrong type.
     """
     flags = [flag.name for dataclass_type in dataclasses for flag in fields(dataclass_type) if flag.init]
-    scan = HfArgumentParser(dataclasses, add_help=False, allow_abbrev=False, exit_on_error=False)
+    scan = Scan(dataclasses, add_help=False, allow_abbrev=False, exit_on_error=False)
     scan.set_defaults(**dict.fromkeys(flags, NOT_GIVEN))
     try:
         known, unknown = scan.parse_known_args(argv)
     except argparse.ArgumentError as error:
-        raise RecipeError(f"{error.argument_name}: {with_nearest_choice(error.message)}") from error
+        name = f"{error.argument_name}: " if error.argument_name else ""
+        raise RecipeError(f"{name}{with_nearest_choice(error.message)}") from error
     if unknown:
         flag = unknown[0].partition("=")[0]
         raise RecipeError(f"unknown argument {flag}{nearest(flag, [f'--{name}' for name in flags])}")
@@ -58,7 +66,7 @@ def with_nearest_choice(message: str) -> str:
 
 
 def check_length_and_seeds(arguments: argparse.Namespace, given: Collection[str]) -> None:
-    """Refuse a run without a step, and seeds that numpy does not take.
+    """Refuse a run without a step, intervals without one, and seeds that numpy does not take.
 
     Raises:
         RecipeError: naming the flag and its range.
@@ -69,6 +77,12 @@ def check_length_and_seeds(arguments: argparse.Namespace, given: Collection[str]
         )
     if not 0 < arguments.num_train_epochs < float("inf"):
         raise RecipeError(f"--num_train_epochs is {arguments.num_train_epochs}; it must be finite and above 0")
+    for name in ("logging_steps", "eval_steps", "save_steps"):
+        if name in given and not getattr(arguments, name) > 0:
+            raise RecipeError(
+                f"--{name} is {getattr(arguments, name)}; it must be above 0 (below 1 it is a part of the run), or give "
+                f"--{name.replace('steps', 'strategy')} no"
+            )
     for name in ("seed", "data_seed"):
         value = getattr(arguments, name)
         if value is not None and not 0 <= value < 2**32:
