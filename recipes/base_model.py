@@ -88,8 +88,8 @@ def load_base(arguments: FineTuningArguments, place: str) -> PreTrainedModel:
         ) from error
     if report["missing_keys"]:
         raise RecipeError(
-            f"--model {place} lacks {len(report['missing_keys'])} weights, the first {min(report['missing_keys'])}; give "
-            "a folder with all weights of the model that its config.json describes"
+            f"--model {place} lacks {len(report['missing_keys'])} weights, the first {min(report['missing_keys'])}; "
+            "give a folder with all weights of the model that its config.json describes"
         )
     if arguments.load_in_4bit:
         from peft import prepare_model_for_kbit_training

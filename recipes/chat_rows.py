@@ -191,8 +191,8 @@ def end_of_text(tokenizer: PreTrainedTokenizerBase) -> str:
     """
     if tokenizer.eos_token is None:
         raise RecipeError(
-            "the tokenizer of --model has no eos token, which closes what the model learns to say: set one and save it, "
-            "or give the tokenizer a chat template and the rows as messages"
+            "the tokenizer of --model has no eos token, which closes what the model learns to say: set one and save "
+            "it, or give the tokenizer a chat template and the rows as messages"
         )
     return str(tokenizer.eos_token)
 

@@ -94,7 +94,11 @@ def parse(
     """
     argv = sys.argv[1:] if argv is None else list(argv)
     dataclasses = (FineTuningArguments, TrainingArguments)
-    options: dict[str, Any] = {"allow_abbrev": False, "exit_on_error": False}
+    options: dict[str, Any] = {
+        "usage": "%(prog)s --model MODEL --train_data FILE [FILE ...] [--FLAG VALUE ...]",
+        "allow_abbrev": False,
+        "exit_on_error": False,
+    }
     parser = HfArgumentParser(
         dataclasses, description=description, formatter_class=argparse.RawDescriptionHelpFormatter, **options
     )

@@ -80,8 +80,8 @@ def check_length_and_seeds(arguments: argparse.Namespace, given: Collection[str]
     for name in ("logging_steps", "eval_steps", "save_steps"):
         if name in given and not getattr(arguments, name) > 0:
             raise RecipeError(
-                f"--{name} is {getattr(arguments, name)}; it must be above 0 (below 1 it is a part of the run), or give "
-                f"--{name.replace('steps', 'strategy')} no"
+                f"--{name} is {getattr(arguments, name)}; it must be above 0 (below 1 it is a part of the run), or "
+                f"give --{name.replace('steps', 'strategy')} no"
             )
     for name in ("seed", "data_seed"):
         value = getattr(arguments, name)
