@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from data_sources import DataSource, is_held_out
+from data_sources import COLUMNS, DataSource, is_held_out
 from document_files import reading, rows_of, suffix_of
 from recipe_error import RecipeError
 from recipe_trainer import IGNORED
@@ -27,6 +27,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 ASSISTANT = "assistant"
+TEXT_COLUMN = COLUMNS["text"]
 # A line "Role: text" a turn; the end-of-text token closes what the assistant says.
 PLAIN_TEMPLATE = (
     "{% for message in messages %}{% if not loop.first %}{{ '\\n' }}{% endif %}"
@@ -94,12 +95,22 @@ def collate(samples: Sequence[Mapping[str, np.ndarray]]) -> dict[str, Tensor]:
 
 
 def holds_chats(source: DataSource) -> bool:
-    """Tell whether the first row of a source's first file is of one of the two forms; a plain text is not."""
+    """Tell whether the first row of a source's first file is of one of the two forms; a plain text is not.
+
+    Raises:
+        RecipeError: if it is neither of them nor has a text.
+    """
     if source.holds_tokens or suffix_of(source.files[0]) == ".txt":
         return False
     with reading(source.files[0]):
         row = next((row for _, row in rows_of(source.files[0], "")), None)
-    return isinstance(row, dict) and ("messages" in row or {"prompt", "completion"} <= row.keys())
+    is_chat = isinstance(row, dict) and ("messages" in row or {"prompt", "completion"} <= row.keys())
+    if isinstance(row, dict) and not is_chat and TEXT_COLUMN not in row:
+        raise RecipeError(
+            f"{source.files[0]}: a row has messages, or prompt and completion, or {TEXT_COLUMN}; its first row has "
+            f"{', '.join(map(str, row))}: rename its columns, or name that of the texts with --text_column"
+        )
+    return is_chat
 
 
 def read_examples(
@@ -127,6 +138,7 @@ def read_examples(
         RecipeError: for a row that is of neither form, naming its place.
     """
     if tokenizer.chat_template is None:
+        end_of_text(tokenizer)
         tokenizer.chat_template = ("{{ bos_token }}" if opening(tokenizer) else "") + PLAIN_TEMPLATE
     kept: tuple[list[Example], list[Example]] = ([], [])
     left_out = 0
@@ -166,9 +178,23 @@ def spans_of(row: Any, place: str, tokenizer: PreTrainedTokenizerBase) -> list[S
         )
     prompt, completion = row["prompt"], row["completion"]
     if isinstance(prompt, str) and isinstance(completion, str):
-        return [Span(opening(tokenizer) + prompt, False), Span(completion + str(tokenizer.eos_token), True)]
+        return [Span(opening(tokenizer) + prompt, False), Span(completion + end_of_text(tokenizer), True)]
     prompt, completion = checked_messages(prompt, place), checked_messages(completion, place)
     return spans_of_messages([*prompt, *completion], len(prompt), row.get("tools"), place, tokenizer)
+
+
+def end_of_text(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return the end-of-text token.
+
+    Raises:
+        RecipeError: if there is none.
+    """
+    if tokenizer.eos_token is None:
+        raise RecipeError(
+            "the tokenizer of --model has no eos token, which closes what the model learns to say: set one and save "
+            "it, or give the tokenizer a chat template and the rows as messages"
+        )
+    return str(tokenizer.eos_token)
 
 
 def opening(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -18,6 +18,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
 BATCH_CHARACTERS = 2**20  # tokenized at once
+TOKENIZER_FILES = ("*token*", "vocab*", "merges.txt", "*.model")  # with none of these transformers makes an empty one
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
@@ -47,6 +48,9 @@ def saved_tokenizer(name: str, flag: str) -> PreTrainedTokenizerBase:
     Raises:
         RecipeError: if there is none, or it cannot be loaded.
     """
+    folder = Path(name).expanduser()
+    if folder.is_dir() and not any(any(folder.glob(pattern)) for pattern in TOKENIZER_FILES):
+        raise RecipeError(f"{flag} {name} holds no tokenizer; save one beside it (tokenizer.save_pretrained)")
     try:
         saved_class = getattr(transformers, str(get_tokenizer_config(name).get("tokenizer_class")), AutoTokenizer)
         tokenizer: PreTrainedTokenizerBase = saved_class.from_pretrained(name)

@@ -10,24 +10,31 @@ The output folder gets the adapter, or the model, with its tokenizer; with ``--m
 own. ``run.json`` has the validation loss before and after.
 """
 
-import argparse
 import functools
 import json
-import logging
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from chat_rows import Examples, collate, examples_fingerprint, holds_chats, read_examples
-from data_sources import data_sources
-from document_sources import check_block, data_facts
+from base_model import (
+    base_config,
+    base_place,
+    check_adapters,
+    empty_model,
+    is_merged,
+    load_base,
+    save_merged,
+    with_adapters,
+)
+from document_sources import check_block
 from document_tokens import saved_tokenizer, tokenizer_fingerprint
-from prepared_data import prepare_text
-from pretrain import RunFlow, accepted_trainer, finish
-from recipe_arguments import NOT_GIVEN, check_optim_args, nearest, with_nearest_choice
+from finetune_arguments import FineTuningArguments, parse
+from finetune_data import plan_steps, read_data
+from flag_checks import check_one_gpu, exit_status
+from pretrain import RunFlow, accepted_trainer, enter_folder, finish, resume_clock, say_stopped
 from recipe_error import REFUSALS, RecipeError
 from recipe_trainer import PretrainingTrainer, token_loss
 from run_description import explain_model_partition, optimizer_name, run_facts, training_identity
@@ -37,8 +44,6 @@ from run_folder import (
     check_output_folder,
     check_same_run,
     checkpoint_to_resume,
-    clear_partial_checkpoints,
-    clear_run,
     is_checkpoint_of,
     is_finished,
     read_run,
@@ -49,92 +54,8 @@ from run_log import RunLog, finite_or_null
 from step_plan import Plan, apply_plan
 from task import TrainingData
 from tasks import CausalLanguageModeling
-from text_blocks import TextBlocks
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    HfArgumentParser,
-    PretrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    Trainer,
-    TrainerState,
-    TrainingArguments,
-    set_seed,
-)
+from transformers import PretrainedConfig, PreTrainedTokenizerBase, Trainer, TrainingArguments, set_seed
 from transformers.utils.logging import disable_progress_bar
-
-import hf_matrix_optim  # noqa: F401  makes --optim muon, adamuon, adamuon_v1 and mud known to TrainingArguments
-
-DTYPES = ("float32", "bfloat16", "float16")
-DEFAULTS: dict[str, Any] = {
-    "output_dir": "out/finetune",
-    "lr_scheduler_type": "cosine",
-    "warmup_steps": 0.1,
-    "logging_steps": 10,
-    "logging_nan_inf_filter": False,
-    "eval_strategy": "epoch",
-    "save_strategy": "epoch",
-    "save_total_limit": 2,
-}
-LEARNING_RATES = {True: 2e-4, False: 2e-5}  # with and without adapters
-OF_ADAPTERS = ("lora_alpha", "lora_dropout", "lora_target_modules", "dora", "rslora", "modules_to_save", "merge")
-
-
-@dataclass
-class FineTuningArguments:
-    """What to fine-tune, and on what; everything else is a flag of ``TrainingArguments``."""
-
-    model: str = field(metadata={"help": "Folder of a model, or its name on the Hub."})
-    train_data: list[str] = field(
-        metadata={
-            "aliases": ["--train_file"],
-            "help": "Files, folders or globs: .txt, and .jsonl .json .parquet .csv with a column of texts; or "
-            "conversations (.jsonl .json .parquet): messages, or prompt and completion.",
-        }
-    )
-    validation_data: list[str] | None = field(
-        default=None,
-        metadata={"aliases": ["--validation_file"], "help": "The same for validation, not --validation_fraction."},
-    )
-    validation_fraction: float = field(
-        default=0.05, metadata={"help": "Part of the documents or rows held out, by a fixed hash of each; 0 for none."}
-    )
-    text_column: str | None = field(default=None, metadata={"help": "Column with the text; default: text."})
-    block_size: int = field(default=1024, metadata={"help": "Tokens in a block of text; of a conversation, at most."})
-    lora_rank: int = field(default=16, metadata={"help": "Rank of the adapters; 0 trains all weights instead."})
-    lora_alpha: float | None = field(
-        default=None,
-        metadata={"help": "Their scale is alpha / rank, of rsLoRA alpha / sqrt(rank); default: 2 x rank."},
-    )
-    lora_dropout: float = field(default=0.0, metadata={"help": "Dropout before an adapter, in [0, 1)."})
-    lora_target_modules: list[str] = field(
-        default_factory=lambda: ["all-linear"],
-        metadata={"help": "Layers that get adapters, by the ends of their names; all-linear: all but the output."},
-    )
-    dora: bool = field(default=False, metadata={"help": "DoRA: the length of each row is trained apart, by AdamW."})
-    rslora: bool = field(default=False, metadata={"help": "rsLoRA: a scale that does not fall with the rank."})
-    modules_to_save: list[str] | None = field(
-        default=None, metadata={"help": "Modules trained whole beside the adapters, such as embed_tokens."}
-    )
-    merge: bool = field(
-        default=False, metadata={"help": f"Also save {MERGED}/, the model with its adapter merged in."}
-    )
-    dtype: str = field(default="float32", metadata={"help": f"Type of the model's weights: {', '.join(DTYPES)}."})
-    load_in_4bit: bool = field(
-        default=False, metadata={"help": "Keep the base model in 4-bit NF4; needs bitsandbytes, and adapters."}
-    )
-    stop_after: int | None = field(
-        default=None, metadata={"help": "Stop at this step with a checkpoint, as if interrupted."}
-    )
-    preprocessing_workers: int = field(default=1, metadata={"help": "Processes that tokenize text."})
-    cache_dir: str | None = field(
-        default=None, metadata={"help": "Folder for prepared text; default: ~/.cache/hf-matrix-optim."}
-    )
-    overwrite_output_dir: bool = field(default=False, metadata={"help": "Replace the run that is in --output_dir."})
-    dry_run: bool = field(
-        default=False, metadata={"help": "Show settings, partition and steps; read no weight, train nothing."}
-    )
 
 
 class FineTuningTrainer(PretrainingTrainer):
@@ -150,76 +71,6 @@ class FineTuningTrainer(PretrainingTrainer):
         (Trainer if has_adapters else PretrainingTrainer)._load_best_model(self)
 
 
-def parse(argv: Sequence[str] | None = None) -> tuple[FineTuningArguments, TrainingArguments, frozenset[str]]:
-    """Parse a command line; returns our arguments, Trainer's, and the names of the flags that were given.
-
-    Raises:
-        RecipeError: for unknown flags, bad values, and flags that exclude each other.
-    """
-    argv = sys.argv[1:] if argv is None else list(argv)
-    dataclasses = (FineTuningArguments, TrainingArguments)
-    options: dict[str, Any] = {"allow_abbrev": False, "exit_on_error": False}
-    parser = HfArgumentParser(
-        dataclasses, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, **options
-    )
-    parser.set_defaults(**DEFAULTS)
-    if {"-h", "--help"} & set(argv):
-        parser.parse_args(["--help"])
-    flags = [flag.name for dataclass_type in dataclasses for flag in fields(dataclass_type) if flag.init]
-    scan = HfArgumentParser(dataclasses, add_help=False, **options)
-    scan.set_defaults(**dict.fromkeys(flags, NOT_GIVEN))
-    try:
-        known, unknown = scan.parse_known_args(argv)
-    except argparse.ArgumentError as error:
-        raise RecipeError(f"{error.argument_name}: {with_nearest_choice(error.message)}") from error
-    given = frozenset(name for name, value in vars(known).items() if value is not NOT_GIVEN)
-    if unknown:
-        flag = unknown[0].partition("=")[0]
-        raise RecipeError(f"unknown argument {flag}{nearest(flag, [f'--{name}' for name in flags])}")
-    values = parser.parse_args(argv)
-    check_values(values, given)
-    parser.set_defaults(learning_rate=LEARNING_RATES[values.lora_rank > 0])
-    try:
-        arguments, training = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
-    except REFUSALS as error:
-        raise RecipeError(str(error)) from error
-    return arguments, training, given
-
-
-def check_values(arguments: argparse.Namespace, given: frozenset[str]) -> None:
-    """Refuse values out of range, and flags that have no effect.
-
-    Raises:
-        RecipeError: naming the flag and what to do.
-    """
-    ranges = (
-        *((name, 0, float("inf")) for name in ("lora_rank", "learning_rate", "weight_decay")),
-        *((name, 0, 1) for name in ("validation_fraction", "lora_dropout")),
-        *((name, 1, float("inf")) for name in ("preprocessing_workers", "stop_after", "gradient_accumulation_steps")),
-        ("per_device_train_batch_size", 1, float("inf")),
-        ("block_size", 2, float("inf")),
-    )
-    for name, lowest, end in ranges:
-        value = getattr(arguments, name)
-        if value is not None and not lowest <= value < end:
-            raise RecipeError(f"--{name} is {value}; it must be at least {lowest} and below {end}")
-    if arguments.lora_alpha is not None and not 0 < arguments.lora_alpha < float("inf"):
-        raise RecipeError(f"--lora_alpha is {arguments.lora_alpha}; it must be above 0 and finite")
-    if arguments.dtype not in DTYPES:
-        raise RecipeError(f"--dtype {arguments.dtype}: it is one of {', '.join(DTYPES)}")
-    if arguments.lora_rank == 0:
-        if idle := [name for name in OF_ADAPTERS if name in given and getattr(arguments, name) is not False]:
-            raise RecipeError(f"--{idle[0]} is of adapters: leave it out, or give --lora_rank of at least 1")
-        if arguments.load_in_4bit:
-            raise RecipeError("--load_in_4bit: quantised weights cannot be trained; give --lora_rank of at least 1")
-    if arguments.merge and arguments.load_in_4bit:
-        raise RecipeError(
-            "--merge: an adapter is not merged into 4-bit weights, which would round it; leave one of the two out, "
-            "and load the adapter on the full model (peft.PeftModel.from_pretrained(model, folder).merge_and_unload())"
-        )
-    check_optim_args(arguments.optim, arguments.optim_args)
-
-
 def finetune(
     arguments: FineTuningArguments, training: TrainingArguments, given: frozenset[str] = frozenset()
 ) -> dict[str, Any]:
@@ -232,24 +83,26 @@ def finetune(
     """
     if training.disable_tqdm:
         disable_progress_bar()
-    if training.n_gpu > 1 and not arguments.dry_run:
-        raise RecipeError(
-            f"one process sees {training.n_gpu} GPUs: start one for each (torchrun --nproc_per_node {training.n_gpu} "
-            "recipes/finetune.py ...), or set CUDA_VISIBLE_DEVICES=0"
-        )
+    if not arguments.dry_run:
+        check_one_gpu(training, "recipes/finetune.py")
     folder = Path(training.output_dir)
+    place = base_place(arguments.model)
+    if Path(place).is_dir() and folder.resolve() in (Path(place), *Path(place).parents):
+        raise RecipeError(f"--output_dir {folder} holds the model to start from, {place}: give another folder")
     checkpoint = checkpoint_to_resume(folder, training.resume_from_checkpoint)
-    is_own = is_checkpoint_of(folder, checkpoint)
     is_auto = str(training.resume_from_checkpoint).lower() == AUTO
     finished = read_run(folder) if is_auto and is_finished(folder) else None
+    begun = read_run(folder) if is_auto and finished is None and checkpoint is None else None  # and went no further
     if finished is None:
-        check_output_folder(folder, resume=is_own, overwrite=arguments.overwrite_output_dir)
-    place = base_place(arguments.model)
-    tokenizer = saved_tokenizer(place, "--model")
+        overwrite = arguments.overwrite_output_dir or begun is not None
+        check_output_folder(folder, resume=is_checkpoint_of(folder, checkpoint), overwrite=overwrite)
     config = base_config(place)
+    tokenizer = saved_tokenizer(place, "--model")
     check_block(arguments.block_size, config, getattr(config, "max_position_embeddings", arguments.block_size))
     with torch.device("meta"):
-        shapes = with_adapters(empty_model(config), arguments)
+        base = empty_model(config)
+        check_adapters(base, arguments)
+        shapes = with_adapters(base, arguments)
     try:
         partition = explain_model_partition(shapes, training)
     except REFUSALS as error:
@@ -260,214 +113,28 @@ def finetune(
     apply_plan(plan, training, has_validation=has_validation, is_stream=False, given=given)
     run = describe(arguments, training, place, config, tokenizer, plan, data, shapes)
     earlier = finished or (None if checkpoint is None else read_run(Path(checkpoint).parent))
+    if earlier is None and begun is not None and begun["identity"] and not arguments.overwrite_output_dir:
+        earlier = begun
     if earlier is not None:
         check_same_run(earlier, run["identity"])
-    if note := optimizer_note(run["pretrained_with"], optimizer_name(training), full=arguments.lora_rank == 0):
+    is_first = training.process_index == 0
+    note = optimizer_note(run["pretrained_with"], optimizer_name(training), full=arguments.lora_rank == 0)
+    if note and is_first:
         print(note)
     if arguments.dry_run:
-        print(json.dumps(run, indent=2, sort_keys=True, default=str))
-        print(f"\n{partition}\n\n{plan.steps:,} steps of {plan.sequences_per_step:,} blocks or rows")
+        if is_first:
+            print(json.dumps(run, indent=2, sort_keys=True, default=str))
+            print(f"\n{partition}\n\n{plan.steps:,} steps of {plan.sequences_per_step:,} blocks or rows")
         return run
     if finished is not None:
-        print(f"{folder} holds this run, finished: nothing is left to do")
+        wants_merged = arguments.merge and not is_merged(folder)
+        if wants_merged and is_first:
+            save_merged(arguments, place, folder, tokenizer)
+        if is_first:
+            left = f"its adapter is now merged in {folder / MERGED}" if wants_merged else "nothing is left to do"
+            print(f"{folder} holds this run, finished: {left}")
         return finished
     return train(run, arguments, training, place, tokenizer, data, plan, checkpoint)
-
-
-def base_place(name: str) -> str:
-    """Return the absolute folder of a model, or its name on the Hub; an adapter's configuration keeps it.
-
-    Raises:
-        RecipeError: if there is no such folder, or it holds an adapter.
-    """
-    folder = Path(name).expanduser()
-    if not folder.is_dir():
-        if name.startswith((".", "/", "~")) or name.count("/") > 1:
-            raise RecipeError(f"--model {name}: no such folder; give the folder of a model or its name on the Hub")
-        return name
-    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
-        merged = folder / MERGED
-        remedy = f"give {merged}" if merged.is_dir() else f"merge it first (--merge writes {MERGED}/)"
-        raise RecipeError(f"--model {name} holds an adapter, not a model: {remedy}")
-    if not (folder / "config.json").is_file():
-        inside = max((path.name for path in folder.glob("checkpoint-*")), key=len, default=None)
-        hint = f"; it holds {inside}: give {folder / inside}" if inside else ""
-        raise RecipeError(f"--model {name} holds no config.json, so no model{hint}")
-    return str(folder.resolve())
-
-
-def base_config(place: str) -> PretrainedConfig:
-    """Load the configuration of a model.
-
-    Raises:
-        RecipeError: if it cannot be had.
-    """
-    try:
-        return AutoConfig.from_pretrained(place)
-    except REFUSALS as error:
-        raise RecipeError(f"--model {place} cannot be loaded: {str(error).splitlines()[0]}") from error
-
-
-def empty_model(config: PretrainedConfig) -> PreTrainedModel:
-    """Build the causal language model of a configuration.
-
-    Raises:
-        RecipeError: if there is none.
-    """
-    try:
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
-    except REFUSALS as error:
-        raise RecipeError(f"no causal language model of type {config.model_type}: {error}") from error
-    return model
-
-
-def load_base(arguments: FineTuningArguments, place: str) -> PreTrainedModel:
-    """Load the model's weights, in 4 bits if asked for.
-
-    Raises:
-        RecipeError: if they cannot be loaded, or lack a weight.
-    """
-    options: dict[str, Any] = {"dtype": getattr(torch, arguments.dtype)}
-    if arguments.load_in_4bit:
-        from transformers import BitsAndBytesConfig
-
-        options["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=options["dtype"]
-        )
-    try:
-        model, report = AutoModelForCausalLM.from_pretrained(place, output_loading_info=True, **options)
-    except REFUSALS as error:
-        need = " (--load_in_4bit needs bitsandbytes: pip install bitsandbytes)" if arguments.load_in_4bit else ""
-        raise RecipeError(f"--model {place} cannot be loaded{need}: {str(error).strip().splitlines()[0]}") from error
-    if report["missing_keys"]:
-        raise RecipeError(
-            f"--model {place} lacks {len(report['missing_keys'])} weights: {min(report['missing_keys'])}"
-        )
-    if arguments.load_in_4bit:
-        from peft import prepare_model_for_kbit_training
-
-        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
-        for module in model.modules():  # bitsandbytes 0.50 repacks weights in evaluation on a CPU, past training
-            if hasattr(module, "support_avx512bf16_for_cpu"):
-                module.support_avx512bf16_for_cpu = False
-    loaded: PreTrainedModel = model
-    return loaded
-
-
-def with_adapters(model: PreTrainedModel, arguments: FineTuningArguments) -> Any:
-    """Put LoRA adapters on a model and freeze the rest; without a rank the model itself.
-
-    Raises:
-        RecipeError: if PEFT is not installed or refuses the modules.
-    """
-    if arguments.lora_rank == 0:
-        return model
-    try:
-        import peft
-    except ImportError as error:
-        raise RecipeError("adapters need the package peft (pip install peft), or give --lora_rank 0") from error
-    targets = arguments.lora_target_modules
-    alpha = 2 * arguments.lora_rank if arguments.lora_alpha is None else arguments.lora_alpha
-    configuration = peft.LoraConfig(
-        task_type="CAUSAL_LM",
-        r=arguments.lora_rank,
-        lora_alpha=alpha,
-        lora_dropout=arguments.lora_dropout,
-        target_modules=targets[0] if targets == ["all-linear"] else targets,
-        use_dora=arguments.dora,
-        use_rslora=arguments.rslora,
-        modules_to_save=arguments.modules_to_save,
-        # Else a tied pair is torn apart, and the merged model is saved without one of the two.
-        ensure_weight_tying=bool(arguments.modules_to_save) and model.config.tie_word_embeddings,
-    )
-    try:
-        adapted = peft.get_peft_model(model, configuration)
-    except REFUSALS as error:
-        raise RecipeError(f"--lora_target_modules {' '.join(targets)}: {error}") from error
-    names = {name.split(".")[-1] for name, _ in model.named_modules()}
-    if missing := [name for name in arguments.modules_to_save or [] if name.split(".")[-1] not in names]:
-        raise RecipeError(f"--modules_to_save {missing[0]}: the model has no such module{nearest(missing[0], names)}")
-    return adapted
-
-
-def read_data(
-    arguments: FineTuningArguments,
-    training: TrainingArguments,
-    tokenizer: PreTrainedTokenizerBase,
-    config: PretrainedConfig,
-) -> TrainingData:
-    """Read text as blocks, or conversations as rows.
-
-    Raises:
-        RecipeError: for data that cannot be read, or of which nothing is left for a side.
-    """
-    train, validation = data_sources(
-        "text",
-        train_data=arguments.train_data,
-        validation_data=arguments.validation_data,
-        column=arguments.text_column,
-    )
-    size, words, show = arguments.block_size, config.vocab_size, not training.disable_tqdm
-    if len(tokenizer) > words:
-        raise RecipeError(f"the tokenizer of --model has {len(tokenizer):,} words, the model {words:,}")
-    if arguments.text_column is None and holds_chats(train):
-        fraction = arguments.validation_fraction if validation is None else 0.0
-        rows, held_out = read_examples(train, tokenizer, size, validation_fraction=fraction, show_progress=show)
-        if validation is not None:
-            held_out, _ = read_examples(validation, tokenizer, size, show_progress=show)
-        for side, flag, missing in (
-            (rows, "--train_data", not rows),
-            (held_out, "--validation_data", not held_out and (validation is not None or fraction > 0)),
-        ):
-            if missing:
-                raise RecipeError(
-                    f"{flag}: no row is left{' to hold out' if side is held_out else ''}; give more rows"
-                )
-        return TrainingData(
-            lambda seed, length: Examples(rows, seed=seed, length=length),
-            Examples(held_out) if held_out else None,
-            collate,
-            examples_fingerprint(rows, held_out),
-            len(rows),
-            {
-                side: {"rows": len(of), "tokens": sum(len(row.tokens) for row in of)}
-                for side, of in (("train", rows), ("validation", held_out))
-            },
-        )
-    if tokenizer.eos_token_id is None:
-        raise RecipeError("the tokenizer of --model has no eos token, which closes each document")
-    data = prepare_text(
-        train,
-        validation,
-        tokenizer,
-        validation_fraction=arguments.validation_fraction,
-        workers=arguments.preprocessing_workers,
-        cache_dir=arguments.cache_dir,
-        show_progress=show,
-    )
-    blocks = functools.partial(TextBlocks, block_size=size, vocab_size=words)
-    return TrainingData(
-        lambda seed, length: blocks(data.train, seed=seed, length=length),
-        None if data.validation is None else blocks(data.validation, seed=None, length=None),
-        collate,
-        data.fingerprint,
-        blocks(data.train, seed=None, length=None).blocks,
-        data_facts(data),
-    )
-
-
-def plan_steps(arguments: FineTuningArguments, training: TrainingArguments, data: TrainingData) -> Plan:
-    """Work out the steps; a step of rows of different lengths counts as many tokens as the mean of them."""
-    per_device, accumulation = training.per_device_train_batch_size, training.gradient_accumulation_steps
-    sequences = per_device * accumulation * training.world_size * max(1, training.n_gpu)
-    count = data.samples_a_pass
-    assert count is not None
-    facts = data.facts["train"]
-    tokens = round(facts["tokens"] / facts["rows"]) if "rows" in facts else arguments.block_size
-    steps = training.max_steps if training.max_steps > 0 else int(training.num_train_epochs * count / sequences)
-    return Plan(
-        sequences * tokens, sequences, per_device, accumulation, max(1, steps), max(1, round(count / sequences))
-    )
 
 
 def describe(
@@ -570,19 +237,10 @@ def train(
         flops_per_token=run["flops_per_token"],
         log_record=log.append,
     )
-    if training.log_level == "passive":  # as it is by default: then the one line about the partition is shown too
-        logging.getLogger("transformers.hf_matrix_optim").setLevel(logging.INFO)
     trainer = accepted_trainer(make_trainer, folder)
-    resumed_step = 0
-    if checkpoint is not None:
-        resumed_step = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json")).global_step
-        trainer.clock.load(Path(checkpoint))
+    resumed_step = resume_clock(trainer, checkpoint)
     if trainer.is_world_process_zero():
-        if is_checkpoint_of(folder, checkpoint):
-            clear_partial_checkpoints(folder)
-        else:
-            clear_run(folder)
-        log.truncate(resumed_step)
+        enter_folder(folder, run, checkpoint, log, resumed_step)
         print(
             f"{run['trainable_parameters']:,} of {run['parameters']:,} parameters, {plan.steps:,} steps, "
             f"{run['identity']['optim']} at learning rate {training.learning_rate:g} -> {folder}"
@@ -597,12 +255,9 @@ def train(
     trainer.accelerator.wait_for_everyone()
     outcome = trainer.train(resume_from_checkpoint=checkpoint)
     if trainer.state.global_step < plan.steps:
-        print(
-            f"stopped after step {trainer.state.global_step:,} of {plan.steps:,}; --resume_from_checkpoint true "
-            "goes on"
-        )
+        say_stopped(trainer, plan)
         return run
-    if run.get("before"):
+    if run.get("before") and trainer.is_world_process_zero():
         print(f"validation loss before {run['before']['eval_loss']:.4f}")
     if arguments.merge and trainer.is_world_process_zero():  # before run.json has results: it says that all is there
         trainer.save_model()
@@ -617,26 +272,9 @@ def losses(metrics: Mapping[str, float]) -> dict[str, float]:
     return {name: metrics[name] for name in names if name in metrics}
 
 
-def save_merged(arguments: FineTuningArguments, place: str, folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Merge the adapter that was saved in ``folder`` into the model, on the CPU, and save that as ``merged``."""
-    from peft import PeftModel
-
-    merged = PeftModel.from_pretrained(load_base(arguments, place), str(folder)).merge_and_unload()
-    merged.save_pretrained(folder / MERGED)
-    tokenizer.save_pretrained(folder / MERGED)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status, 2 for what was refused."""
-    try:
-        finetune(*parse(argv))
-    except RecipeError as error:
-        print("error:", *str(error).split(), file=sys.stderr)  # on one line
-        return 2
-    except KeyboardInterrupt:
-        print("stopped; --resume_from_checkpoint auto goes on from the last checkpoint, if any", file=sys.stderr)
-        return 130
-    return 0
+    return exit_status(lambda: finetune(*parse(argv, __doc__)))
 
 
 if __name__ == "__main__":

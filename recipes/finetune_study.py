@@ -23,8 +23,9 @@ from typing import Any
 import finetune
 import qwen2_5
 from demo import MODELS, OPTIMIZERS
+from flag_checks import nearest
 from pretrain import pretrain
-from recipe_arguments import nearest, parse_arguments
+from recipe_arguments import parse_arguments
 from recipe_error import RecipeError
 from run_folder import check_writable, commit, read_run
 from study_report import table

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from recipe_arguments import nearest
+from flag_checks import nearest
 from recipe_error import RecipeError
 from sample_order import SampleOrder
 from torch import Tensor

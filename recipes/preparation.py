@@ -198,6 +198,11 @@ class Preparation:
         Raises:
             RecipeError: naming the remedy.
         """
+        if self.max_held_out is None and not sides["train"]["tokens"] and sides["validation"]["tokens"]:
+            raise RecipeError(
+                "the training data has 0 tokens, for all of its documents are held out: give more documents, a "
+                "smaller --validation_fraction, or --validation_data"
+            )
         if self.max_held_out is None and not sides["train"]["tokens"]:
             raise RecipeError(f"the training data has 0 tokens: give files or a data set that hold {self.kind}")
         if sides["validation"]["tokens"]:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from flag_checks import check_one_gpu, exit_status
 from recipe_arguments import Preset, RecipeArguments, parse_arguments
 from recipe_error import REFUSALS, RecipeError
 from recipe_trainer import PretrainingTrainer, stream_state_file
@@ -85,11 +86,8 @@ def pretrain(
     """
     if training.disable_tqdm:
         disable_progress_bar()
-    if training.n_gpu > 1 and not arguments.dry_run:
-        raise RecipeError(
-            f"one process sees {training.n_gpu} GPUs: start one for each (torchrun --nproc_per_node {training.n_gpu} "
-            "recipes/...), or set CUDA_VISIBLE_DEVICES=0"
-        )
+    if not arguments.dry_run:
+        check_one_gpu(training, "recipes/...")
     task = TASK_CLASSES[preset.task]()
     folder = Path(training.output_dir)
     checkpoint = checkpoint_to_resume(folder, training.resume_from_checkpoint)
@@ -187,25 +185,12 @@ def train(
         log_record=log.append,
         stream_state=stream_place(samples, plan, training) if data.is_stream else None,
     )
-    if training.log_level == "passive":  # as it is by default: then the one line about the partition is shown too
-        logging.getLogger("transformers.hf_matrix_optim").setLevel(logging.INFO)
     trainer = accepted_trainer(make_trainer, folder)
-    resumed_step = 0
-    if checkpoint is not None:
-        resumed_step = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json")).global_step
-        trainer.clock.load(Path(checkpoint))
-        if data.is_stream:
-            find_place(samples, Path(checkpoint), training)
+    resumed_step = resume_clock(trainer, checkpoint)
+    if checkpoint is not None and data.is_stream:
+        find_place(samples, Path(checkpoint), training)
     if trainer.is_world_process_zero():
-        is_own = is_checkpoint_of(folder, checkpoint)
-        if is_own:
-            clear_partial_checkpoints(folder)
-        else:
-            clear_run(folder)
-        write_run(folder, run)
-        if checkpoint is not None and not is_own:
-            shutil.copy(Path(checkpoint).parent / LOG_FILE, folder)
-        log.truncate(resumed_step)
+        enter_folder(folder, run, checkpoint, log, resumed_step)
         print(
             f"{run['parameters']:,} parameters, {plan.steps:,} steps of {plan.tokens_per_step:,} {task.unit}, "
             f"{run['identity']['optim']} at learning rate {training.learning_rate:g} -> {folder}"
@@ -214,11 +199,7 @@ def train(
     trainer.accelerator.wait_for_everyone()
     outcome = trainer.train(resume_from_checkpoint=checkpoint)
     if trainer.state.global_step < plan.steps:
-        if trainer.is_world_process_zero():
-            print(
-                f"stopped after step {trainer.state.global_step:,} of {plan.steps:,}; --resume_from_checkpoint true "
-                "goes on"
-            )
+        say_stopped(trainer, plan)
         return run
     finish(run, trainer, task, plan, data, outcome.metrics)
     return run
@@ -233,6 +214,8 @@ def accepted_trainer(make_trainer: Callable[[], PretrainingTrainer], folder: Pat
     is_new = not folder.exists()
     try:
         trainer = make_trainer()
+        if trainer.args.log_level == "passive":  # as it is by default: the one line about the partition is shown too
+            logging.getLogger("transformers.hf_matrix_optim").setLevel(logging.INFO)
         with torch.random.fork_rng(devices=[]):  # a loader may draw its seed
             trainer.get_train_dataloader()
             if trainer.eval_dataset is not None:
@@ -245,6 +228,36 @@ def accepted_trainer(make_trainer: Callable[[], PretrainingTrainer], folder: Pat
                 folder.rmdir()  # which Trainer has made
         raise RecipeError(str(error)) from error
     return trainer
+
+
+def resume_clock(trainer: PretrainingTrainer, checkpoint: str | None) -> int:
+    """Set the clock to a checkpoint's; returns the checkpoint's step, 0 without one."""
+    if checkpoint is None:
+        return 0
+    trainer.clock.load(Path(checkpoint))
+    return int(TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json")).global_step)
+
+
+def enter_folder(folder: Path, run: Mapping[str, Any], checkpoint: str | None, log: RunLog, resumed_step: int) -> None:
+    """Make the output folder that of ``run``: what an overwritten run left goes, the log ends at the checkpoint."""
+    is_own = is_checkpoint_of(folder, checkpoint)
+    if is_own:
+        clear_partial_checkpoints(folder)
+    else:
+        clear_run(folder)
+    write_run(folder, run)
+    if checkpoint is not None and not is_own:
+        shutil.copy(Path(checkpoint).parent / LOG_FILE, folder)
+    log.truncate(resumed_step)
+
+
+def say_stopped(trainer: PretrainingTrainer, plan: Plan) -> None:
+    """Say that a run has stopped before its end, and how it goes on."""
+    if trainer.is_world_process_zero():
+        print(
+            f"stopped after step {trainer.state.global_step:,} of {plan.steps:,}; --resume_from_checkpoint true "
+            "goes on"
+        )
 
 
 def finish(
@@ -331,12 +344,4 @@ def find_place(samples: Any, checkpoint: Path, training: TrainingArguments) -> N
 
 def main(recipe: str, presets: Mapping[str, Preset], argv: Sequence[str] | None = None) -> int:
     """Run a recipe's command line; returns the exit status, 2 for what was refused."""
-    try:
-        pretrain(recipe, *parse_arguments(recipe, presets, argv))
-    except RecipeError as error:
-        print("error:", *str(error).split(), file=sys.stderr)  # on one line
-        return 2
-    except KeyboardInterrupt:
-        print("stopped; --resume_from_checkpoint auto goes on from the last checkpoint, if any", file=sys.stderr)
-        return 130
-    return 0
+    return exit_status(lambda: pretrain(recipe, *parse_arguments(recipe, presets, argv)))

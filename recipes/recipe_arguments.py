@@ -1,16 +1,14 @@
 """The command line of a recipe: a preset's literals under the flags of ``TrainingArguments`` and a few of ours."""
 
 import argparse
-import difflib
 import sys
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from flag_checks import check_length_and_seeds, check_optim_args, given_flags, nearest
 from recipe_error import REFUSALS, RecipeError
 from transformers import HfArgumentParser, PretrainedConfig, TrainingArguments
-
-from hf_matrix_optim.options import OPTIMIZER_NAMES, parse_options, split_optim_args
 
 # Flags of which a person gives one; it then replaces whatever the preset says in its row.
 ONE_OF = (
@@ -24,9 +22,6 @@ SOURCE_KEYS = ("train_data", "validation_data", "dataset_name", "dataset_config"
 SCHEDULE_KEYS = ("schedule", "decay", "floor", "lr_scheduler_kwargs")
 SCHEDULES = ("warmup_stable", "cosine")
 TASKS = ("causal_lm", "masked_lm", "image_classification")
-NOT_GIVEN = object()
-# Trainer accepts --optim_args beside these and reads nothing of it.
-WITHOUT_OPTIONS = ("adamw_torch", "adamw_torch_fused", "adamw_torch_xla", "adamw_torch_npu_fused", "adafactor")
 AT_LEAST_ONE = (
     "max_tokens",
     "tokens_per_step",
@@ -159,12 +154,6 @@ class RecipeArguments:
     )
 
 
-def nearest(word: str, known: Iterable[str]) -> str:
-    """Return ``"; did you mean ...?"`` with the known word most like ``word``, or nothing if none is."""
-    matches = difflib.get_close_matches(word, list(known), n=1)
-    return f"; did you mean {matches[0]}?" if matches else ""
-
-
 def check_preset(name: str, preset: Preset, flags: Collection[str]) -> None:
     """Refuse keys that no flag or configuration field has; both would otherwise be accepted without effect.
 
@@ -243,18 +232,9 @@ def check_command_line(
         "exit_on_error": False,
     }
     parser = HfArgumentParser(arguments, **options)
-    scan = HfArgumentParser(arguments, add_help=False, **options)
-    scan.set_defaults(**dict.fromkeys(flags, NOT_GIVEN))
     if {"-h", "--help"} & set(argv):
         parser.parse_args(["--help"])
-    try:
-        known, unknown = scan.parse_known_args(argv)
-    except argparse.ArgumentError as error:
-        raise RecipeError(f"{error.argument_name}: {with_nearest_choice(error.message)}") from error
-    given = frozenset(name for name, value in vars(known).items() if value is not NOT_GIVEN)
-    if unknown:
-        flag = unknown[0].partition("=")[0]
-        raise RecipeError(f"unknown argument {flag}{nearest(flag, [f'--{name}' for name in flags])}")
+    known, given = given_flags(arguments, argv)
     preset = presets.get(known.preset)
     if preset is None:
         choices = ", ".join(presets)
@@ -269,14 +249,6 @@ def check_command_line(
     parser.set_defaults(**{"output_dir": f"out/{name}", "run_name": name, **defaults})
     check_values(parser.parse_args(argv), preset.task, given)
     return preset, parser, given
-
-
-def with_nearest_choice(message: str) -> str:
-    """Replace argparse's list of all choices by the one most like what was given, if there is one."""
-    problem, _, choices = message.partition(" (choose from ")
-    word = problem.rpartition(": ")[2].strip("'")
-    near = nearest(word, choices.rstrip(")").replace("'", "").split(", "))
-    return f"{problem}{near}" if near else message
 
 
 def check_values(arguments: argparse.Namespace, task: str, given: Collection[str]) -> None:
@@ -301,34 +273,9 @@ def check_values(arguments: argparse.Namespace, task: str, given: Collection[str
             value = getattr(arguments, name)
             if value is not None and not lowest <= value < float("inf"):
                 raise RecipeError(f"--{name} is {value}; it must be at least {lowest} and finite")
-    if "max_steps" in given and arguments.max_steps < 1:
-        raise RecipeError(
-            f"--max_steps is {arguments.max_steps}; it must be at least 1, or leave it out and give --num_train_epochs"
-        )
-    if not 0 < arguments.num_train_epochs < float("inf"):
-        raise RecipeError(f"--num_train_epochs is {arguments.num_train_epochs}; it must be finite and above 0")
-    for name in ("seed", "data_seed"):
-        value = getattr(arguments, name)
-        if value is not None and not 0 <= value < 2**32:
-            raise RecipeError(f"--{name} is {value}; it must be in [0, 2**32)")
+    check_length_and_seeds(arguments, given)
     check_optim_args(arguments.optim, arguments.optim_args)
     check_schedule(arguments)
-
-
-def check_optim_args(optim: str, optim_args: str | None) -> None:
-    """Refuse options that the optimizer does not have, or would not read.
-
-    Raises:
-        RecipeError: naming them.
-    """
-    name = str(getattr(optim, "value", optim))
-    if optim_args and name in WITHOUT_OPTIONS:
-        raise RecipeError(f"--optim_args {optim_args}: --optim {name} reads no options; leave the flag out")
-    if name in OPTIMIZER_NAMES:
-        try:
-            parse_options(name, split_optim_args(optim_args))
-        except ValueError as error:
-            raise RecipeError(f"--optim {name}: {error}") from error
 
 
 def check_schedule(arguments: argparse.Namespace) -> None:

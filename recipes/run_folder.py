@@ -7,6 +7,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
+import zipfile
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -16,6 +17,7 @@ import torch
 from recipe_error import RecipeError
 from recipe_trainer import TRAINER_STATE_FILE
 from run_log import LOG_FILE
+from safetensors import SafetensorError, safe_open
 from torch import nn
 
 RUN_FILE = "run.json"
@@ -125,6 +127,7 @@ def checkpoint_to_resume(folder: Path, resume: str | None) -> str | None:
                 f"--resume_from_checkpoint {resume}: {run_folder} is not the folder of a run; name a checkpoint-N "
                 "inside the folder of its run, or give true for the last one of --output_dir"
             )
+        check_readable(Path(resume))
         return resume
     checkpoint = last_whole_checkpoint(folder)
     if checkpoint is None and resume.lower() != AUTO:
@@ -132,7 +135,31 @@ def checkpoint_to_resume(folder: Path, resume: str | None) -> str | None:
             f"--resume_from_checkpoint true: {folder} holds no whole checkpoint; leave the flag out to start, or give "
             "auto to start where there is none"
         )
+    if checkpoint is not None:
+        check_readable(Path(checkpoint))
     return checkpoint
+
+
+def check_readable(checkpoint: Path) -> None:
+    """Refuse a checkpoint whose weights are missing, or whose files are cut off or something else; reads their ends.
+
+    Raises:
+        RecipeError: naming the file.
+    """
+    remedy = "remove this checkpoint to go on from the one before it"
+    files = [path for path in checkpoint.iterdir() if path.is_file()]
+    has_parts = any(path.is_dir() for path in checkpoint.iterdir())  # a sharded model is in a folder of its own
+    if not has_parts and not any(path.suffix in (".safetensors", ".bin") for path in files if "args" not in path.name):
+        raise RecipeError(f"{checkpoint} holds no weights: {remedy}")
+    for path in files:
+        try:
+            if path.suffix == ".safetensors":
+                with safe_open(path, framework="pt"):
+                    continue
+        except SafetensorError as error:
+            raise RecipeError(f"{path} cannot be read ({error}): {remedy}") from error
+        if path.name in ("optimizer.pt", "scheduler.pt") and not zipfile.is_zipfile(path):
+            raise RecipeError(f"{path} is not what torch saves: {remedy}")
 
 
 def is_checkpoint_of(folder: Path, checkpoint: str | None) -> bool:

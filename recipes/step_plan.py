@@ -120,7 +120,9 @@ def apply_plan(
     training.max_steps = plan.steps
     if not has_validation:
         if "eval_strategy" in given and training.eval_strategy != "no":
-            raise RecipeError(f"--eval_strategy {training.eval_strategy}: there is nothing to validate on")
+            raise RecipeError(f"--eval_strategy {training.eval_strategy.value}: there is nothing to validate on")
+        if training.load_best_model_at_end:
+            raise RecipeError("--load_best_model_at_end: there is nothing to validate on; leave it out")
         training.eval_strategy = type(training.eval_strategy)("no")
     for name in ("eval", "save", "logging"):
         strategy = getattr(training, f"{name}_strategy")

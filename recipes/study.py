@@ -25,7 +25,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from compare import numbers
-from recipe_arguments import check_command_line, nearest
+from flag_checks import nearest
+from recipe_arguments import check_command_line
 from recipe_error import RecipeError
 from run_folder import RUN_FILE, check_writable, read_run
 from study_comparison import Sweep, compare

@@ -16,7 +16,7 @@ from typing import Any
 
 from compare import numbers
 from demo import MODELS, OPTIMIZERS, DemoModel, run_one
-from recipe_arguments import nearest
+from flag_checks import nearest
 from recipe_error import RecipeError
 from run_folder import check_writable, commit, read_run
 

@@ -348,6 +348,20 @@ def test_a_folder_with_a_run_is_kept(base, text, tmp_path, cache, capsys):
         (("--lora_ranks", "4"), "unknown argument --lora_ranks; did you mean --lora_rank?"),
         (("--model", "nowhere/at/all"), "--model nowhere/at/all: no such folder"),
         (("--validation_file", "missing.jsonl"), "missing.jsonl does not exist"),
+        (("--lora_rank", "100000000000"), "no matrix of this model has a rank above"),
+        (
+            ("--lora_target_modules", "q_proj", "v_pro"),
+            "--lora_target_modules v_pro: the model has no such module; did",
+        ),
+        (("--max_steps", "-5"), "--max_steps is -5; it must be at least 1"),
+        (("--num_train_epochs", "0"), "--num_train_epochs is 0.0; it must be finite and above 0"),
+        (("--save_steps", "0"), "--save_steps is 0.0; it must be above 0"),
+        (("--seed", "-1"), "--seed is -1; it must be in [0, 2**32)"),
+        (("--per_device_eval_batch_size", "0"), "--per_device_eval_batch_size is 0"),
+        (("--optim", "muonn"), "did you mean muon?"),
+        (("--optim", "muon", "--optim_args", "passes=2"), "'passes' is an option of mud"),
+        (("--model", "a-name-of-no-model"), "it is no folder here, so a name on the Hub"),
+        (("--resume_from_checkpoint", "true"), "holds no whole checkpoint"),
     ],
 )
 def test_what_cannot_be_done_is_refused_before_anything_is_written(base, text, tmp_path, cache, capsys, more, message):
@@ -363,6 +377,122 @@ def test_an_adapter_is_no_model_to_start_from(base, tmp_path, cache, capsys):
     (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
     assert finetune.main(flags(tmp_path / "adapter", chats(tmp_path), tmp_path / "out", cache)) == 2
     assert "holds an adapter, not a model: merge it first" in capsys.readouterr().err
+
+
+def test_a_flag_that_is_required_is_asked_for_in_one_line(base, capsys):
+    assert finetune.main(["--model", str(base)]) == 2
+    error = capsys.readouterr().err
+    assert "--train_data" in error
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("output", [".", "checkpoint-4", ""])
+def test_the_model_to_start_from_is_never_overwritten(base, text, tmp_path, cache, capsys, output):
+    run = shutil.copytree(base, tmp_path / "run")
+    shutil.copytree(base, run / "checkpoint-4")
+    model = run / "checkpoint-4" if output == "checkpoint-4" else run
+    if not output:  # the folder of the run whose merged model is trained on
+        model = shutil.copytree(base, run / "merged")
+    before = contents(run)
+    argv = flags(model, text / "train.txt", run, cache, "--lora_rank", "0", "--overwrite_output_dir")
+    assert finetune.main(argv) == 2
+    assert "holds the model to start from" in capsys.readouterr().err
+    assert contents(run) == before
+
+
+def test_a_broken_model_is_refused(base, text, tmp_path, cache, capsys):
+    def refusal(folder: Path) -> str:
+        assert finetune.main(flags(folder, text / "train.txt", tmp_path / "out", cache)) == 2
+        assert not (tmp_path / "out").exists()
+        return capsys.readouterr().err
+
+    cut = shutil.copytree(base, tmp_path / "cut")
+    (cut / "model.safetensors").write_bytes((base / "model.safetensors").read_bytes()[:3000])
+    assert "cannot be loaded: Error while deserializing" in refusal(cut)
+    bare = shutil.copytree(base, tmp_path / "bare", ignore=shutil.ignore_patterns("tokenizer*"))
+    assert "holds no tokenizer; save one beside it" in refusal(bare)
+    (cut / "config.json").write_text('{"model_type": "t5"}')
+    assert "there is no causal language model of type t5" in refusal(cut)
+
+
+@pytest.mark.parametrize(
+    ("rows", "more", "message"),
+    [
+        ([{"conversations": [{"from": "human", "value": "x"}]}], (), "its first row has conversations: rename"),
+        ([{"instruction": "x", "output": "y"}], (), "its first row has instruction, output: rename its columns"),
+        (
+            [{"prompt": "word " * 50, "completion": "x"}] * 9,
+            (),
+            "no row is left to train on; give more rows or a larger",
+        ),
+        ([{"prompt": "One", "completion": "x"}], (), "no row is left to"),
+        ([{"prompt": "One", "completion": "x"}] * 9, ("--validation_file",), "holds conversations, --validation_data"),
+    ],
+)
+def test_rows_of_which_nothing_can_be_learnt_are_refused(base, text, tmp_path, cache, capsys, rows, more, message):
+    data = write_rows(tmp_path / "rows.jsonl", rows)
+    more += (str(text / "validation.txt"),) if more else ()
+    assert finetune.main([*flags(base, data, tmp_path / "out", cache), *more]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_completion_needs_an_end_of_text(base, tmp_path, cache, capsys):
+    rows = write_rows(tmp_path / "rows.jsonl", [{"prompt": f"Q{i}", "completion": f"A{i}"} for i in range(9)])
+    folder = shutil.copytree(base, tmp_path / "base")
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    settings = {key: value for key, value in settings.items() if not key.endswith("_token")}
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps(settings | {"tokenizer_class": "PreTrainedTokenizerFast"})
+    )
+    assert finetune.main(flags(folder, rows, tmp_path / "out", cache)) == 2
+    assert "the tokenizer of --model has no eos token, which closes" in capsys.readouterr().err
+
+
+def test_a_broken_checkpoint_is_named_and_nothing_is_changed(base, tmp_path, cache, capsys):
+    output = tmp_path / "out"
+    argv = flags(base, chats(tmp_path), output, cache, "--optim", "muon")
+    assert finetune.main([*argv, "--stop_after", "2"]) == 0
+    weights, state = (output / "checkpoint-2" / name for name in ("adapter_model.safetensors", "optimizer.pt"))
+    for path, left, message in ((weights, b"", "cannot be read"), (state, b"x", "is not what torch saves")):
+        whole = path.read_bytes()
+        path.write_bytes(left)
+        before = contents(output)
+        assert finetune.main([*argv, "--resume_from_checkpoint", "true"]) == 2
+        assert f"{path.name} {message}" in capsys.readouterr().err
+        assert contents(output) == before
+        path.write_bytes(whole)
+    weights.unlink()
+    assert finetune.main([*argv, "--resume_from_checkpoint", "true"]) == 2
+    assert "checkpoint-2 holds no weights" in capsys.readouterr().err
+
+
+def test_a_checkpoint_goes_on_in_another_folder_with_its_log(base, tmp_path, cache):
+    argv = flags(base, chats(tmp_path), tmp_path / "one", cache, "--optim", "mud")
+    assert finetune.main([*argv, "--stop_after", "2"]) == 0
+    before = contents(tmp_path / "one")
+    checkpoint = ("--resume_from_checkpoint", str(tmp_path / "one" / "checkpoint-2"))
+    assert finetune.main([*argv, *checkpoint, "--output_dir", str(tmp_path / "other")]) == 0
+    assert contents(tmp_path / "one") == before
+    steps = [line["step"] for line in untimed_log(tmp_path / "other") if line["kind"] == "train"]
+    assert steps == [1, 2, 3, 4]
+
+
+def test_a_run_killed_before_its_first_checkpoint_starts_anew_and_a_finished_one_is_merged(base, tmp_path, cache):
+    output, data = tmp_path / "out", chats(tmp_path)
+    argv = [*flags(base, data, output, cache, "--optim", "muon"), "--resume_from_checkpoint", "auto"]
+    assert finetune.main(argv) == 0
+    run = record(output)
+    del run["results"]
+    (output / "run.json").write_text(json.dumps(run))
+    assert finetune.main([*argv, "--learning_rate", "0.02"]) == 2  # another run than the one that was begun
+    assert record(output) == run
+    assert finetune.main(argv) == 0
+    before = contents(output)
+    assert finetune.main([*argv, "--merge"]) == 0
+    after = contents(output)
+    assert {name: after[name] for name in before} == before
+    assert (output / "merged" / "model.safetensors").is_file()
 
 
 @pytest.mark.gpu
