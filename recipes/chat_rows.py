@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from data_sources import COLUMNS, DataSource, is_held_out
+from data_sources import COLUMNS, DataSource, fraction_of_short, split_hash
 from document_files import reading, rows_of, suffix_of
 from recipe_error import RecipeError
 from recipe_trainer import IGNORED
@@ -140,20 +140,24 @@ def read_examples(
     if tokenizer.chat_template is None:
         end_of_text(tokenizer)
         tokenizer.chat_template = ("{{ bos_token }}" if opening(tokenizer) else "") + PLAIN_TEMPLATE
-    kept: tuple[list[Example], list[Example]] = ([], [])
+    examples: list[tuple[Example, int]] = []
     left_out = 0
     rows = ((path, number, row) for path in source.files for number, row in rows_at(path))
     for path, number, row in tqdm(rows, desc="tokenizing", unit=" rows", disable=not show_progress):
         place = f"{path}, {'row' if suffix_of(path) == '.parquet' else 'line'} {number}"
         example = encode(spans_of(row, place, tokenizer), tokenizer, block_size + 1)
         if example.is_target[1:].any():
-            kept[is_held_out(json.dumps(row, sort_keys=True, default=str), validation_fraction)].append(example)
+            examples.append((example, split_hash(json.dumps(row, sort_keys=True, default=str))))
         else:
             left_out += 1
     if left_out:
         print(
             f"{left_out:,} rows left out: nothing to predict in their first {block_size + 1:,} tokens (--block_size)"
         )
+    fraction = fraction_of_short([place for _, place in examples], validation_fraction)
+    kept: tuple[list[Example], list[Example]] = ([], [])
+    for example, place in examples:
+        kept[place < fraction * 2**64].append(example)
     return kept
 
 

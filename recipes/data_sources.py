@@ -2,6 +2,7 @@
 
 import glob
 import hashlib
+import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -216,5 +217,17 @@ def read_documents(
 
 def is_held_out(text: str, validation_fraction: float) -> bool:
     """Decide by a fixed hash of the text alone whether a document belongs to the validation part."""
+    return split_hash(text) < validation_fraction * 2**64
+
+
+def split_hash(text: str) -> int:
+    """Return a fixed hash of a document, evenly spread over [0, 2^64)."""
     digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
-    return int.from_bytes(digest, "big") < validation_fraction * 2**64
+    return int.from_bytes(digest, "big")
+
+
+def fraction_of_short(hashes: Sequence[int], validation_fraction: float) -> float:
+    """Return the fraction, or the smallest that holds out one of several documents where it would hold out none."""
+    if validation_fraction == 0 or len(hashes) < 2 or min(hashes) < validation_fraction * 2**64:
+        return validation_fraction
+    return math.nextafter((min(hashes) + 1) / 2**64, 1.0)

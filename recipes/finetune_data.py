@@ -3,7 +3,7 @@
 import functools
 
 from chat_rows import Examples, collate, examples_fingerprint, holds_chats, read_examples
-from data_sources import DataSource, data_sources
+from data_sources import DataSource, data_sources, fraction_of_short, read_documents, split_hash
 from document_sources import data_facts
 from finetune_arguments import FineTuningArguments
 from prepared_data import prepare_text
@@ -12,6 +12,9 @@ from step_plan import Plan
 from task import TrainingData
 from text_blocks import TextBlocks
 from transformers import PretrainedConfig, PreTrainedTokenizerBase, TrainingArguments
+
+#: Files together smaller than this are looked through for a section to hold out.
+SHORT_TEXT_BYTES = 2**22
 
 
 def read_data(
@@ -66,7 +69,7 @@ def read_data(
         train,
         validation,
         tokenizer,
-        validation_fraction=arguments.validation_fraction,
+        validation_fraction=fraction_of_text(train, arguments.validation_fraction if validation is None else 0.0),
         workers=arguments.preprocessing_workers,
         cache_dir=arguments.cache_dir,
         show_progress=show,
@@ -80,6 +83,13 @@ def read_data(
         blocks(data.train, seed=None, length=None).blocks,
         data_facts(data),
     )
+
+
+def fraction_of_text(source: DataSource, fraction: float) -> float:
+    """Return the part of the sections to hold out: of a short text at least one, if it has two."""
+    if fraction == 0 or source.holds_tokens or sum(path.stat().st_size for path in source.files) > SHORT_TEXT_BYTES:
+        return fraction
+    return fraction_of_short([split_hash(piece.text) for piece in read_documents(source, "text")], fraction)
 
 
 def are_chats(train: DataSource, validation: DataSource | None) -> bool:

@@ -11,11 +11,12 @@ from pathlib import Path
 import chat_rows
 import checkpoints
 import finetune
+import finetune_data
 import finetune_study
 import numpy as np
 import pytest
 import torch
-from data_sources import DataSource
+from data_sources import DataSource, read_documents, split_hash
 from recipe_error import RecipeError
 from safetensors.torch import load_file
 from tiny_models import tiny_model
@@ -204,6 +205,33 @@ def test_a_chat_run_lowers_the_loss_that_transformers_would_compute(base, tmp_pa
         total, count = total + loss * labels[:, 1:].sum().item(), count + labels[:, 1:].sum().item()
     assert run["before"]["eval_loss"] == pytest.approx(total / count, rel=1e-4)
     assert "chat_template" in "".join(path.name for path in (tmp_path / "out").iterdir())
+
+
+def test_of_a_short_text_one_section_is_held_out(tmp_path):
+    """5 % of three sections by their hashes would be none."""
+    text = tmp_path / "book.txt"
+    text.write_text("".join(f"Chapter {i}. It was a dark night, and nothing moved.\n" for i in range(450)))
+    source = DataSource((text,))
+    hashes = [split_hash(piece.text) for piece in read_documents(source, "text")]
+    assert len(hashes) == 3
+    assert min(hashes) > 0.05 * 2**64
+    fraction = finetune_data.fraction_of_text(source, 0.05)
+    assert [place < fraction * 2**64 for place in hashes] == [place == min(hashes) for place in hashes]
+    assert finetune_data.fraction_of_text(source, 0.99) == 0.99
+    assert finetune_data.fraction_of_text(source, 0.0) == 0.0
+    text.write_text("One section alone is trained on.\n")
+    assert finetune_data.fraction_of_text(source, 0.05) == 0.05
+
+
+def test_of_few_rows_one_is_held_out(tmp_path):
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps({"prompt": f"{i} and", "completion": " so on"}) + "\n" for i in range(3)))
+    sides = chat_rows.read_examples(
+        DataSource((data,)), tokenizer(), 32, validation_fraction=1e-9, show_progress=False
+    )
+    assert [len(side) for side in sides] == [2, 1]
+    sides = chat_rows.read_examples(DataSource((data,)), tokenizer(), 32, show_progress=False)
+    assert [len(side) for side in sides] == [3, 0]
 
 
 @pytest.mark.parametrize(
