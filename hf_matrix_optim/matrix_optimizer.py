@@ -1,10 +1,11 @@
 """The one ``step()`` and the one ``state_dict`` of every matrix optimizer.
 
 A gradient's way through a matrix group: ``step`` -> ``_step_matrix_group`` (which parameters, which state) ->
-``_step_lists`` (what the GPU kernels take goes to ``kernels.fast_path``) -> ``_step_plainly`` (matrices of one shape
-in stacks under the workspace cap) -> ``plain_step.step_stack``. What lies on several ranks goes to
-``distributed_step`` instead. A subclass is a constructor, ``map_lookahead`` with its companions, and ``_kernel_rule``
-for the kernels. AdamW groups go to ``adamw_group``; ``group_check`` says what a group may hold.
+``_step_lists`` (int8 momenta become float32) -> ``_step_floats`` (what the GPU kernels take goes to
+``kernels.fast_path``) -> ``_step_plainly`` (matrices of one shape in stacks under the workspace cap) ->
+``plain_step.step_stack``. What lies on several ranks goes to ``distributed_step`` instead. A subclass is a
+constructor, ``map_lookahead`` with its companions, and ``_kernel_rule`` for the kernels. AdamW groups go to
+``adamw_group``; ``group_check`` says what a group may hold.
 """
 
 from collections import defaultdict
