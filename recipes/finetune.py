@@ -39,13 +39,9 @@ from recipe_error import REFUSALS, RecipeError
 from recipe_trainer import PretrainingTrainer, token_loss
 from run_description import explain_model_partition, optimizer_name, run_facts, training_identity
 from run_folder import (
-    AUTO,
     MERGED,
-    check_output_folder,
     check_same_run,
-    checkpoint_to_resume,
-    is_checkpoint_of,
-    is_finished,
+    look_into,
     read_run,
     weights_hash,
     write_run,
@@ -89,13 +85,9 @@ def finetune(
     place = base_place(arguments.model)
     if Path(place).is_dir() and folder.resolve() in (Path(place), *Path(place).parents):
         raise RecipeError(f"--output_dir {folder} holds the model to start from, {place}: give another folder")
-    checkpoint = checkpoint_to_resume(folder, training.resume_from_checkpoint)
-    is_auto = str(training.resume_from_checkpoint).lower() == AUTO
-    finished = read_run(folder) if is_auto and is_finished(folder) else None
-    begun = read_run(folder) if is_auto and finished is None and checkpoint is None else None  # and went no further
-    if finished is None:
-        overwrite = arguments.overwrite_output_dir or begun is not None
-        check_output_folder(folder, resume=is_checkpoint_of(folder, checkpoint), overwrite=overwrite)
+    checkpoint, finished, begun = look_into(
+        folder, training.resume_from_checkpoint, overwrite=arguments.overwrite_output_dir
+    )
     config = base_config(place)
     tokenizer = saved_tokenizer(place, "--model")
     check_block(arguments.block_size, config, getattr(config, "max_position_embeddings", arguments.block_size))

@@ -118,14 +118,17 @@ def check_one_gpu(training: TrainingArguments, program: str) -> None:
         )
 
 
-def exit_status(run: Callable[[], object]) -> int:
-    """Run a program; returns its exit status, 2 for what was refused, which is said in one line."""
+def exit_status(
+    run: Callable[[], object],
+    stopped: str = "stopped; --resume_from_checkpoint auto goes on from the last checkpoint, if any",
+) -> int:
+    """Run a program; returns its exit status: 2 for what was refused, said in one line, 130 if it was ``stopped``."""
     try:
         run()
     except RecipeError as error:
         print("error:", *str(error).split(), file=sys.stderr)  # on one line
         return 2
     except KeyboardInterrupt:
-        print("stopped; --resume_from_checkpoint auto goes on from the last checkpoint, if any", file=sys.stderr)
+        print(stopped, file=sys.stderr)
         return 130
     return 0

@@ -24,15 +24,12 @@ from recipe_error import REFUSALS, RecipeError
 from recipe_trainer import PretrainingTrainer, stream_state_file
 from run_description import check_attention, describe, explain_partition, show_dry_run, total_peak_flops
 from run_folder import (
-    AUTO,
-    RUN_FILE,
     check_output_folder,
     check_same_run,
-    checkpoint_to_resume,
     clear_partial_checkpoints,
     clear_run,
     is_checkpoint_of,
-    is_finished,
+    look_into,
     read_run,
     weights_hash,
     write_run,
@@ -90,13 +87,9 @@ def pretrain(
         check_one_gpu(training, "recipes/...")
     task = TASK_CLASSES[preset.task]()
     folder = Path(training.output_dir)
-    checkpoint = checkpoint_to_resume(folder, training.resume_from_checkpoint)
-    is_auto = str(training.resume_from_checkpoint).lower() == AUTO
-    finished = read_run(folder) if is_auto and is_finished(folder) else None
-    is_broken = is_auto and finished is None and (folder / RUN_FILE).is_file()
-    if finished is None:
-        overwrite = arguments.overwrite_output_dir or (is_broken and checkpoint is None)
-        check_output_folder(folder, resume=is_checkpoint_of(folder, checkpoint), overwrite=overwrite)
+    checkpoint, finished, _ = look_into(
+        folder, training.resume_from_checkpoint, overwrite=arguments.overwrite_output_dir
+    )
 
     needs_data = not arguments.dry_run or (training.max_steps <= 0 and arguments.max_tokens is None)
     try:

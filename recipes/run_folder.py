@@ -11,7 +11,7 @@ import zipfile
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from recipe_error import RecipeError
@@ -165,6 +165,41 @@ def check_readable(checkpoint: Path) -> None:
 def is_checkpoint_of(folder: Path, checkpoint: str | None) -> bool:
     """Tell whether a checkpoint lies in a folder, so that a run resumed from it goes on there."""
     return checkpoint is not None and Path(checkpoint).resolve().parent == folder.resolve()
+
+
+class FolderState(NamedTuple):
+    """What an output folder holds for a run.
+
+    Attributes:
+        checkpoint: to resume from; None to begin at the beginning.
+        finished: ``run.json`` of a run that "auto" found finished.
+        begun: ``run.json`` of one that "auto" found without a checkpoint; it went no further.
+    """
+
+    checkpoint: str | None
+    finished: dict[str, Any] | None
+    begun: dict[str, Any] | None
+
+
+def look_into(folder: Path, resume: str | None, *, overwrite: bool) -> FolderState:
+    """Find where a run goes on, and refuse a folder that it would spoil; writes nothing.
+
+    Args:
+        folder: the output folder.
+        resume: ``--resume_from_checkpoint``.
+        overwrite: ``--overwrite_output_dir``.
+
+    Raises:
+        RecipeError: as ``checkpoint_to_resume`` and ``check_output_folder``.
+    """
+    checkpoint = checkpoint_to_resume(folder, resume)
+    is_auto = str(resume).lower() == AUTO
+    finished = read_run(folder) if is_auto and is_finished(folder) else None
+    begun = read_run(folder) if is_auto and finished is None and checkpoint is None else None
+    if finished is None:
+        overwrite = overwrite or begun is not None
+        check_output_folder(folder, resume=is_checkpoint_of(folder, checkpoint), overwrite=overwrite)
+    return FolderState(checkpoint, finished, begun)
 
 
 def check_writable(folder: Path, flag: str = "--output_dir") -> None:

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from compare import numbers
-from flag_checks import nearest
+from flag_checks import exit_status, nearest
 from recipe_arguments import check_command_line
 from recipe_error import RecipeError
 from run_folder import RUN_FILE, check_writable, read_run
@@ -350,26 +350,26 @@ def conduct(study: Study, *, sweep_lr: bool, sweep_steps: int | None) -> tuple[l
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    try:
-        arguments, study = parse(argv)
-        targets = numbers(arguments.targets, "--targets")
-        claim_folder(study)
-        folders, sweeps, failed = conduct(study, sweep_lr=arguments.sweep_lr, sweep_steps=arguments.sweep_steps)
-        if folders:
-            runs = [load_run(folder) for folder in folders]
-            comparison = compare(runs, baseline=arguments.baseline, targets=targets, sweeps=sweeps)
-            write_report(comparison, study.folder)
-            print(f"\n{report(comparison)}\n{study.folder / REPORT_FILE}")
-    except RecipeError as error:
-        print("error:", *str(error).split(), file=sys.stderr)  # on one line
-        return 2
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on from here", file=sys.stderr)
-        return 130
-    if failed:
+    failed: list[str] = []
+    status = exit_status(lambda: failed.extend(run_study(argv)), "stopped; the same command goes on from here")
+    if status == 0 and failed:
         print(f"error: not in the report: {'; '.join(failed)}", file=sys.stderr)
         return 1
-    return 0
+    return status
+
+
+def run_study(argv: Sequence[str] | None) -> list[str]:
+    """Conduct the study of a command line and write its report; returns the runs that are not in it."""
+    arguments, study = parse(argv)
+    targets = numbers(arguments.targets, "--targets")
+    claim_folder(study)
+    folders, sweeps, failed = conduct(study, sweep_lr=arguments.sweep_lr, sweep_steps=arguments.sweep_steps)
+    if folders:
+        runs = [load_run(folder) for folder in folders]
+        comparison = compare(runs, baseline=arguments.baseline, targets=targets, sweeps=sweeps)
+        write_report(comparison, study.folder)
+        print(f"\n{report(comparison)}\n{study.folder / REPORT_FILE}")
+    return failed
 
 
 if __name__ == "__main__":
