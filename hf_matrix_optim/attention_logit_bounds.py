@@ -162,7 +162,7 @@ def _largest_norm(part: HeadRows, input_norm: nn.Module, head_norm: nn.Module | 
 def _rows_of(part: HeadRows, whole: Whole) -> tuple[Tensor, Tensor | None]:
     """The weight as (heads, head_dim, fan_in) and the bias as (heads, head_dim), in float32 or wider."""
     weight = whole(_weight_of(part.owner))
-    rows = part.rows.to(weight.device)
+    rows = part.rows.to(weight.device, non_blocking=True)  # few; waiting for a GPU would show in the step
     bias = part.owner.bias
     of_bias = _wide(whole(bias.detach())[rows]) if isinstance(bias, Tensor) else None
     return _wide((weight.mT if part.output_axis else weight)[rows]), of_bias
