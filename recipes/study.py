@@ -7,7 +7,8 @@
 Every run is the recipe's own command line in a process of its own; flags that are not of the study are the recipe's
 (``--max_steps``, ``--schedule``, ``--report_to``, ...). Finished runs are not made again and broken ones are resumed,
 so the same line goes on after any interruption, and a longer one adds to it. With ``--sweep_lr`` each optimizer first
-gets its own learning rate: half, once and twice the start, then further until the best lies between two worse ones.
+gets its own learning rate: half, once and twice the start, or the rates given, then further until the best lies
+between two worse ones. With ``--gpus 0,1,2,3`` four runs are made at a time, each on a GPU of its own.
 The folder gets a folder for each run, ``report.md``, ``curves.png`` and ``metrics.json``.
 """
 
@@ -18,10 +19,9 @@ import math
 import os
 import shlex
 import shutil
-import subprocess
 import sys
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from compare import numbers
@@ -32,6 +32,7 @@ from run_folder import RUN_FILE, check_writable, read_run
 from study_comparison import Sweep, compare
 from study_metrics import Group, load_run
 from study_report import REPORT_FILE, report, write_report
+from study_runner import StudyRunner, parse_gpus
 
 RECIPES = Path(__file__).parent
 OPTIMIZERS = "adamw_torch_fused,muon,adamuon,mud"
@@ -79,6 +80,7 @@ class Study:
         folder: of the run folders and the report.
         flags: for the recipe's command line.
         launcher: what starts a recipe, such as ``torchrun --nproc_per_node 8``.
+        runner: makes the runs.
     """
 
     recipe: str
@@ -89,6 +91,7 @@ class Study:
     folder: Path
     flags: Sequence[str]
     launcher: Sequence[str]
+    runner: StudyRunner = field(default_factory=StudyRunner)
 
     def command_line(self, contender: Contender, rate: float, seed: int, steps: int | None = None) -> list[str]:
         """Return the recipe's flags for a run, without those of its place."""
@@ -121,9 +124,7 @@ class Study:
         command = [*self.launcher, str(RECIPES / f"{self.recipe}.py")]
         command += ["--output_dir", str(folder), "--run_name", name, "--resume_from_checkpoint", "auto"]
         command += self.command_line(contender, rate, seed, steps)
-        print(f"[{name}] {shlex.join(command)}", flush=True)
-        status = subprocess.run(command).returncode
-        if status:
+        if status := self.runner.run(command, name, folder.with_name(f"{folder.name}.log")):
             raise RecipeError(f"{name} {'was refused' if status == REFUSED else f'ended with exit status {status}'}")
         return folder
 
@@ -132,8 +133,13 @@ class Study:
         run = load_run(folder)
         return Group(run.optimizer, (run,)).loss()
 
-    def sweep(self, contender: Contender, steps: int | None) -> Sweep:
+    def sweep(self, contender: Contender, steps: int | None, grid: Sequence[float]) -> Sweep:
         """Try learning rates at the first seed until the best lies between two worse ones, and take the best.
+
+        Args:
+            contender: whose.
+            steps: of each run; those of all runs if None.
+            grid: rates to begin with; half, once and twice the start if there are none.
 
         Raises:
             RecipeError: if a run fails.
@@ -141,23 +147,18 @@ class Study:
         start = self.rates[contender.label]
         losses: dict[float, float] = {}
 
-        def try_rate(exponent: int) -> None:
-            rate = float(f"{start * SWEEP_FACTOR**exponent:.6g}")
-            losses[rate] = self.final_loss(self.run(contender, rate, self.seeds[0], steps))
+        def try_rates(rates: Sequence[float]) -> None:
+            rates = [float(f"{rate:.6g}") for rate in rates]
+            folders = self.runner.each(lambda rate: self.run(contender, rate, self.seeds[0], steps), rates)
+            losses.update(zip(rates, map(self.final_loss, folders), strict=True))
 
-        low, high = -1, 1
-        for exponent in (0, low, high):
-            try_rate(exponent)
+        try_rates(grid or [start, start / SWEEP_FACTOR, start * SWEEP_FACTOR])
         for _ in range(SWEEP_STEPS_OUT):
             tried = Sweep(contender.label, losses)
             if tried.is_bracketed or all(map(math.isinf, losses.values())):
                 break
-            if tried.best == min(losses):
-                low -= 1
-                try_rate(low)
-            else:
-                high += 1
-                try_rate(high)
+            low, high = min(losses), max(losses)
+            try_rates([low / SWEEP_FACTOR if tried.best == low else high * SWEEP_FACTOR])
         found = Sweep(contender.label, dict(sorted(losses.items())), steps)
         if math.isinf(found.losses[found.best]):
             raise RecipeError(f"{contender.label}: all of the learning rates {', '.join(map(str, losses))} diverged")
@@ -288,11 +289,19 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, Study]:
     parser.add_argument("--optim", default=OPTIMIZERS, help="comma-separated (default: %(default)s)")
     parser.add_argument("--seeds", default="0", help="comma-separated (default: %(default)s)")
     parser.add_argument("--lr", help="learning rates, as adamuon=6e-4,mud=1e-3 (default: the preset's own)")
-    parser.add_argument("--sweep_lr", "--sweep-lr", action="store_true", help="find each optimizer's own around them")
+    parser.add_argument(
+        "--sweep_lr",
+        "--sweep-lr",
+        nargs="?",
+        const="",
+        metavar="RATES",
+        help="find each optimizer's own around them, or begin with the rates given here, comma-separated",
+    )
     parser.add_argument("--sweep_steps", type=int, help="steps of a run of the sweep (default: those of all runs)")
     parser.add_argument("--baseline", help="optimizer to measure against (default: AdamW)")
     parser.add_argument("--targets", help="validation perplexities, comma-separated, for the table of seconds")
     parser.add_argument("--launcher", default="", help="starts a recipe, such as 'torchrun --nproc_per_node 8'")
+    parser.add_argument("--gpus", help="comma-separated numbers: as many runs at a time, each on one of them alone")
     parser.add_argument("--output_dir", type=Path, help="default: out/study/RECIPE")
     arguments, flags = parser.parse_known_args(argv)
     check_flags(flags)
@@ -318,7 +327,9 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, Study]:
         arguments.output_dir or Path("out/study") / arguments.recipe,
         flags,
         split_launcher(arguments.launcher),
+        StudyRunner(parse_gpus(arguments.gpus)),
     )
+    arguments.grid = numbers(arguments.sweep_lr or None, "--sweep_lr") or []
     study.check_runs()
     labels = [contender.label for contender in contenders]
     if arguments.baseline is not None and arguments.baseline not in labels:
@@ -327,23 +338,28 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, Study]:
     return arguments, study
 
 
-def conduct(study: Study, *, sweep_lr: bool, sweep_steps: int | None) -> tuple[list[Path], list[Sweep], list[str]]:
+def conduct(
+    study: Study, *, sweep_lr: bool, grid: Sequence[float], sweep_steps: int | None
+) -> tuple[list[Path], list[Sweep], list[str]]:
     """Make all runs; returns the folders of those compared, the sweeps, and what failed."""
     failed: list[str] = []
     sweeps = []
     if sweep_lr:
-        for contender in study.contenders:
-            sweeps.append(study.sweep(contender, sweep_steps))
-            study.rates[contender.label] = sweeps[-1].best
-    folders = []
-    for contender, seed in study.order():
+        sweeps = study.runner.each(lambda contender: study.sweep(contender, sweep_steps, grid), study.contenders)
+        study.rates |= {sweep.optimizer: sweep.best for sweep in sweeps}
+
+    def run(order: tuple[Contender, int]) -> Path | None:
+        contender, seed = order
+        if any("was refused" in each for each in failed):
+            return None
         try:
-            folders.append(study.run(contender, study.rates[contender.label], seed))
+            return study.run(contender, study.rates[contender.label], seed)
         except RecipeError as error:
             print(f"error: {error}", file=sys.stderr, flush=True)
             failed.append(str(error))
-            if "was refused" in str(error):
-                break
+            return None
+
+    folders = [folder for folder in study.runner.each(run, list(study.order())) if folder is not None]
     position = {contender.label: index for index, contender in enumerate(study.contenders)}
     folders.sort(key=lambda folder: position[load_run(folder).optimizer])
     return folders, sweeps, failed
@@ -363,7 +379,9 @@ def run_study(argv: Sequence[str] | None) -> list[str]:
     arguments, study = parse(argv)
     targets = numbers(arguments.targets, "--targets")
     claim_folder(study)
-    folders, sweeps, failed = conduct(study, sweep_lr=arguments.sweep_lr, sweep_steps=arguments.sweep_steps)
+    folders, sweeps, failed = conduct(
+        study, sweep_lr=arguments.sweep_lr is not None, grid=arguments.grid, sweep_steps=arguments.sweep_steps
+    )
     if folders:
         runs = [load_run(folder) for folder in folders]
         comparison = compare(runs, baseline=arguments.baseline, targets=targets, sweeps=sweeps)

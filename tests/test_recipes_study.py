@@ -2,6 +2,7 @@
 
 import json
 import math
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import compare
 import numpy as np
 import pytest
 import study
+import torch
 from matplotlib import image
 from recipe_error import RecipeError
 from run_log import LOG_FILE, RunLog, read_log
@@ -413,6 +415,46 @@ def test_a_sweep_of_shorter_runs_has_folders_of_its_own(toy: Path) -> None:
     assert "Learning rates are the best of runs of 50 steps" in (toy / "report.md").read_text()
 
 
+def test_a_sweep_begins_with_the_rates_given(toy: Path) -> None:
+    argv = ["--recipe", "toy-small", "--optim", "adamw_torch_fused,muon", "--output_dir", str(toy)]
+    assert study.main([*argv, "--sweep_lr", "5e-4,1e-3,2e-3,4e-3"]) == 0
+    rates = [rate for optim, rate, *_ in started(toy) if optim == "muon"]
+    assert rates == [5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2]
+    assert len(started(toy)) == 4 + 6
+
+
+def test_runs_share_gpus_out_and_wait_for_them(toy: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    busy: set[str] = set()
+    together = []
+    real_run = subprocess.run
+
+    def watched(command: list[str], **keywords: Any) -> Any:
+        gpu = keywords["env"]["CUDA_VISIBLE_DEVICES"]
+        assert gpu not in busy
+        busy.add(gpu)
+        together.append(len(busy))
+        try:
+            return real_run(command, **keywords)
+        finally:
+            busy.remove(gpu)
+
+    monkeypatch.setattr(subprocess, "run", watched)
+    argv = ["--recipe", "toy-small", "--optim", "adamw_torch_fused,muon", "--output_dir", str(toy)]
+    assert study.main([*argv, "--sweep_lr", "--gpus", "1,3", "--seeds", "0,1"]) == 0
+    assert len(started(toy)) == len(together) == 3 + 1 + 6 + 1
+    assert max(together) == 2
+    assert json.loads((toy / "metrics.json").read_text())["tuned"]
+    assert (toy / "muon-lr0.008-seed1.log").is_file()
+    monkeypatch.setenv("TOY_FAILS", "muon")
+    capsys.readouterr()
+    assert study.main([*argv, "--gpus", "1,3", "--seeds", "2"]) == 1
+    error = capsys.readouterr()
+    assert "toy-small-muon-lr0.001-seed2 ended with exit status 1" in error.err
+    assert f"see {toy / 'muon-lr0.001-seed2.log'}" in error.out
+    assert study.main([*argv, "--gpus", "1,3", "--seeds", "2", "--sweep_lr", "--lr", "muon=0.5"]) == 2
+
+
 def test_learning_rates_that_all_diverge_are_an_error(toy: Path, capsys: Any) -> None:
     argv = ["--recipe", "toy-small", "--optim", "mud", "--lr", "mud=1", "--output_dir", str(toy), "--sweep_lr"]
     assert study.main(argv) == 2
@@ -446,6 +488,9 @@ def test_a_failed_run_is_named_and_made_again(toy: Path, capsys: Any, monkeypatc
         (["--output-dir=x"], "--output-dir is set by the study"),
         (["--targets", "x"], "--targets x: 'x' is no number"),
         (["--sweep_steps", "0"], "--sweep_steps is 0"),
+        (["--sweep_lr", "1e-3,x"], "--sweep_lr 1e-3,x: 'x' is no number"),
+        (["--gpus", "0,9999"], "--gpus 0,9999: "),
+        (["--gpus", ""], "is no number of a GPU"),
         (["--output_dir", "{folder}/mine"], "holds files that no study wrote"),
         (["--max_stepz", "3"], "unknown argument --max_stepz; did you mean --max_steps?"),
         (["--optim", "adamw_torch_fused,mudd"], "--optim: invalid choice: 'mudd'; did you mean mud?"),
