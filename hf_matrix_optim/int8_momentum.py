@@ -3,7 +3,7 @@
 Blocks of 256 elements share a scale s, their largest magnitude, and an element x is kept as round(127 sign(x)
 sqrt(|x| / s)), so that levels are dense near zero. The state holds plain tensors: ``momentum_buffer``, int8 in the
 parameter's shape, and ``momentum_scale``, (elements / 256,) float32. What was read and not changed is written back as
-it was.
+it was. On GPUs kernels/int8_plan.py does for many momenta at once what ``in_float`` and ``quantize_into`` define.
 
 Source: Dettmers et al., "8-bit Optimizers via Block-wise Quantization" (2022). Differs: a square root for their table.
 """
