@@ -45,11 +45,6 @@ def check_group(group: dict[str, Any]) -> None:
     _check(group, "map_dtype", lambda value: value in ("auto", *MAP_DTYPES), f"auto, {', '.join(MAP_DTYPES)}")
     _check(group, "kernels", lambda value: value in KERNELS, " or ".join(KERNELS))
     _check(group, "momentum_dtype", lambda value: value in MOMENTUM_DTYPES, " or ".join(MOMENTUM_DTYPES))
-    if group["momentum_dtype"] == INT8 and group["cuda_graph"]:
-        raise ValueError(
-            "cuda_graph=True needs momenta that stay where they are, and int8 ones are new in every step: use "
-            "momentum_dtype='bfloat16', or leave cuda_graph out"
-        )
     if group["kernels"] == "triton" and group["map_dtype"] != "auto":
         raise ValueError(
             f"kernels='triton' multiplies in float16 and is for map_dtype='auto', not {group['map_dtype']!r}: use "

@@ -3,7 +3,7 @@
 Blocks of 256 elements share a scale s, their largest magnitude, and an element x is kept as round(127 sign(x)
 sqrt(|x| / s)), so that levels are dense near zero. The state holds plain tensors: ``momentum_buffer``, int8 in the
 parameter's shape, and ``momentum_scale``, (elements / 256,) float32. What was read and not changed is written back as
-it was.
+it was. On GPUs kernels/int8_plan.py does for many momenta at once what ``in_float`` and ``quantize_into`` define.
 
 Source: Dettmers et al., "8-bit Optimizers via Block-wise Quantization" (2022). Differs: a square root for their table.
 """
@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hf_matrix_optim.kernels.int8_plan import Int8Plans
 from hf_matrix_optim.stacks import MatrixLists
 
 INT8 = "int8"
@@ -47,7 +48,8 @@ def in_float(state: State) -> Tensor:
     if momentum.dtype != torch.int8:
         return momentum
     levels = momentum.reshape(-1, BLOCK).to(torch.float32)
-    values = levels.mul_(levels.abs()).div_(LEVELS**2).mul_(state["momentum_scale"].unsqueeze(1))
+    # A product, for that is what a GPU makes of a division by a number: the same bits everywhere.
+    values = levels.mul_(levels.abs()).mul_(1 / LEVELS**2).mul_(state["momentum_scale"].unsqueeze(1))
     return values.view(momentum.shape)
 
 
@@ -85,13 +87,16 @@ def from_checkpoint(saved: State, p: Tensor, dtype: torch.dtype, *, as_int8: boo
     return state
 
 
-def in_float_by_parts(lists: MatrixLists, states: list[State], max_bytes: int) -> Iterator[MatrixLists]:
+def in_float_by_parts(
+    lists: MatrixLists, states: list[State], max_bytes: int, plans: Int8Plans | None = None
+) -> Iterator[MatrixLists]:
     """The parameters of a step with their momenta in float32, some at a time, written back after each part.
 
     Args:
         lists: of the step.
         states: of its parameters.
         max_bytes: of the float32 momenta of one part; a part has one parameter at least.
+        plans: of the optimizer, where the GPU kernels may be used.
     """
     starts, filled = [0], 0
     for i, p in enumerate(lists.params):
@@ -101,8 +106,23 @@ def in_float_by_parts(lists: MatrixLists, states: list[State], max_bytes: int) -
             filled = p.numel() * torch.float32.itemsize
     for start, stop in zip(starts, [*starts[1:], len(states)], strict=True):
         part = MatrixLists(*(getattr(lists, field.name)[start:stop] for field in fields(lists)))
-        part.momenta = [in_float(state) for state in states[start:stop]]
-        yield part
-        for state, values in zip(states[start:stop], part.momenta, strict=True):
-            if "momentum_scale" in state:
-                quantize_into(state, values)
+        of_part = states[start:stop]
+        in_int8 = [state for state in of_part if "momentum_scale" in state]
+        plan = None
+        if plans is not None:
+            levels, scales = ([state[key] for state in in_int8] for key in ("momentum_buffer", "momentum_scale"))
+            plan = plans.of(levels, scales, LEVELS, part.params[0])
+        if plan is None:
+            part.momenta = [in_float(state) for state in of_part]
+            yield part
+            for i, state in enumerate(of_part):
+                if "momentum_scale" in state:
+                    quantize_into(state, part.momenta[i])
+        else:
+            values = plan.in_float()
+            views = iter(plan.views(values))
+            part.momenta = [next(views) if "momentum_scale" in s else s["momentum_buffer"] for s in of_part]
+            yield part
+            plan.quantize(values)
+            del values, views
+        part.momenta = []  # who still holds the part must not hold their memory

@@ -25,6 +25,7 @@ from hf_matrix_optim.group_check import MAP_DTYPES, check_group, parameter_name
 from hf_matrix_optim.group_state import GroupState
 from hf_matrix_optim.int8_momentum import INT8
 from hf_matrix_optim.kernels.fast_path import FastPath
+from hf_matrix_optim.kernels.int8_plan import Int8Plans
 from hf_matrix_optim.kernels.stack_plan import why_not
 from hf_matrix_optim.kernels.stack_step import KernelRule
 from hf_matrix_optim.matrix_layout import MatrixLayout, to_matrices
@@ -218,7 +219,10 @@ class MatrixOptimizer(Optimizer):
             self._step_floats(lists, layout, group, step)
             return
         half = max(1, group["max_workspace_bytes"] // 2)  # for the momenta, and for the step
-        for part in int8_momentum.in_float_by_parts(lists, [self.state[p] for p in lists.params], half):
+        plans: Int8Plans | None = None
+        if group["kernels"] != "torch" and not why_not(lists.params[0].device):
+            plans = self.__dict__.setdefault("_int8_plans", Int8Plans())
+        for part in int8_momentum.in_float_by_parts(lists, [self.state[p] for p in lists.params], half, plans):
             self._step_floats(part, layout, {**group, "max_workspace_bytes": half}, step)
 
     def _step_floats(self, lists: MatrixLists, layout: MatrixLayout, group: dict[str, Any], step: float) -> None:
@@ -377,7 +381,7 @@ class MatrixOptimizer(Optimizer):
             for key, value in self.defaults.items():  # options that are younger than the checkpoint
                 if key != "differentiable":  # torch's __setstate__ puts it among the defaults
                     group.setdefault(key, value)
-        for name in ("_group_states", "_fast_path"):  # they hold on to the tensors that are replaced
+        for name in ("_group_states", "_fast_path", "_int8_plans"):  # they hold on to the tensors that are replaced
             self.__dict__.pop(name, None)
         parameters = [(p, group) for group in self.param_groups for p in group["params"]]
         for saved_id, (p, group) in zip(saved_ids, parameters, strict=True):

@@ -6,8 +6,9 @@ import pytest
 import torch
 from optimizers import OPTIMIZERS
 
-from hf_matrix_optim import Muon, matrix_optimizer
+from hf_matrix_optim import Muon, int8_momentum, matrix_optimizer
 from hf_matrix_optim.kernels import fast_path
+from hf_matrix_optim.kernels.int8_plan import Int8Plans
 
 each_optimizer = pytest.mark.parametrize("name", OPTIMIZERS)
 
@@ -124,6 +125,33 @@ def test_stacks_keep_to_the_workspace_and_are_of_equal_size(launches):
     launches.clear()
     capped.step()
     assert [len(addresses[0]) for addresses, _, _ in launches] == [3, 3, 4]
+
+
+@each_optimizer
+@pytest.mark.parametrize("split_sizes", [None, (64, 64)])
+def test_a_plan_is_kept_where_int8_momenta_are_new_in_every_step(launches, name, split_sizes, monkeypatch):
+    made = []
+
+    def in_float(state):
+        made.append(original(state))  # kept, so that no address comes back
+        return made[-1]
+
+    original = int8_momentum.in_float
+    monkeypatch.setattr(int8_momentum, "in_float", in_float)
+    monkeypatch.setattr(Int8Plans, "of", lambda *args: None)  # Triton is not here
+    params = [torch.nn.Parameter(torch.zeros(128, 128)), torch.nn.Parameter(torch.zeros(128, 128))]
+    optimizer = OPTIMIZERS[name]([{"params": params, "split_sizes": split_sizes}], momentum_dtype="int8")
+    plans = []
+    for _ in range(3):
+        set_gradients(params)
+        launches.clear()
+        optimizer.step()
+        ((addresses, _, _),) = launches
+        starts = [0, 64 * 128 * 4] if split_sizes else [0]
+        assert addresses[0] == [p.grad.data_ptr() + start for p in params for start in starts]
+        assert addresses[2] == [momentum.data_ptr() + start for momentum in made[-2:] for start in starts]
+        plans.append(*optimizer.__dict__["_fast_path"].plans.values())
+    assert all(plan is plans[0] for plan in plans)
 
 
 def test_an_optimizer_of_many_groups_keeps_its_plans(launches, monkeypatch):

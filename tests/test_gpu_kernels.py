@@ -6,8 +6,10 @@ from optimizers import OPTIMIZERS
 
 from hf_matrix_optim import MUD, Muon
 from hf_matrix_optim.decorrelate import decorrelate
+from hf_matrix_optim.int8_momentum import LEVELS, in_float, quantize_into, zeros_for
 from hf_matrix_optim.kernels import fast_path
 from hf_matrix_optim.kernels.half_maps import Sides
+from hf_matrix_optim.kernels.int8_plan import Int8Plan, Int8Plans
 from hf_matrix_optim.kernels.stack_step import KernelRule, workspace_bytes
 from hf_matrix_optim.newton_schulz import NS_COEFFICIENTS, newton_schulz
 
@@ -260,9 +262,10 @@ def test_auto_takes_the_kernels_where_they_apply_and_says_so(name, monkeypatch, 
 
 
 @each_optimizer
+@pytest.mark.parametrize("momentum_dtype", ["auto", "int8"])
 @pytest.mark.parametrize("cuda_graph", [False, True])
-def test_a_step_never_waits_for_the_device(name, cuda_graph):
-    (optimizer, params), _ = twins(name, fast={"cuda_graph": cuda_graph})
+def test_a_step_never_waits_for_the_device(name, cuda_graph, momentum_dtype):
+    (optimizer, params), _ = twins(name, fast={"cuda_graph": cuda_graph}, momentum_dtype=momentum_dtype)
     for step in range(4):
         set_gradients(params, step)
         optimizer.step()
@@ -287,9 +290,10 @@ def train(optimizer, params, steps) -> None:
 
 
 @each_optimizer
-def test_a_graph_makes_the_same_steps(name):
-    (eager, eager_params), _ = twins(name)
-    (graphed, graphed_params), _ = twins(name, fast={"cuda_graph": True})
+@pytest.mark.parametrize("momentum_dtype", ["auto", "int8"])
+def test_a_graph_makes_the_same_steps(name, momentum_dtype):
+    (eager, eager_params), _ = twins(name, momentum_dtype=momentum_dtype)
+    (graphed, graphed_params), _ = twins(name, fast={"cuda_graph": True}, momentum_dtype=momentum_dtype)
     train(eager, eager_params, range(9))
     train(graphed, graphed_params, range(9))
     plans = graphed.__dict__["_fast_path"].plans.values()
@@ -375,15 +379,16 @@ def test_workspace_keeps_to_the_cap(name):
 
 
 @each_optimizer
-def test_resume_is_bitwise(name, tmp_path):
-    (whole, whole_params), _ = twins(name)
+@pytest.mark.parametrize("momentum_dtype", ["auto", "int8"])
+def test_resume_is_bitwise(name, momentum_dtype, tmp_path):
+    (whole, whole_params), _ = twins(name, momentum_dtype=momentum_dtype)
     for step in range(4):
         if step == 2:
             torch.save(whole.state_dict(), tmp_path / "optimizer.pt")
             weights = [p.detach().clone() for p in whole_params]
         set_gradients(whole_params, step)
         whole.step()
-    (resumed, resumed_params), _ = twins(name)
+    (resumed, resumed_params), _ = twins(name, momentum_dtype=momentum_dtype)
     for p, q in zip(resumed_params, weights, strict=True):
         p.data.copy_(q)
     resumed.load_state_dict(torch.load(tmp_path / "optimizer.pt", weights_only=True, map_location="cuda"))
@@ -405,3 +410,187 @@ def test_a_checkpoint_of_a_cpu_goes_on_by_the_kernels():
     set_gradients(moved, 1)
     on_gpu.step()
     assert torch.isfinite(moved[0]).all()
+
+
+def mixed_blocks() -> torch.Tensor:
+    """Blocks of zeros, of one element, of subnormal numbers, and of each level with the halves between them."""
+    x = torch.zeros(40, 256, device="cuda")
+    x[3:9, 17] = -3.0
+    x[9:15] = randn(6, 256, seed=8) * 1e-41
+    x[15:21, 200:] = 1e-38
+    x[21:27] = randn(6, 256, seed=9)
+    x[21:27, :128] *= 1e-30
+    root = torch.arange(256, device="cuda") % 127
+    x[27:33] = (root / 127).square()
+    x[33:39] = -((root + 0.5) / 127).square()
+    x[27:39, 0] = 1.0
+    return x
+
+
+POWERS = (37, 30, 0, -18, -19, -35, -38, -44)
+INT8_VALUES = {
+    "one block": lambda: [randn(256)],
+    "smallest": lambda: [randn(64, 64)],
+    "no whole program": lambda: [randn(17, 256)],
+    "several": lambda: [randn(256 * count, seed=count) for count in (16, 17, 31, 1, 33, 5, 4096)],
+    "shapes": lambda: [randn(768, 3072), randn(4, 64, 64, seed=1), randn(1280, 1280, seed=2)],
+    "zeros": lambda: [torch.zeros(64, 128, device="cuda"), randn(64, 64)],
+    "mixed": lambda: [mixed_blocks(), randn(256)],
+    "wide": lambda: [torch.exp(12 * randn(64, 256)) * randn(64, 256, seed=1).sign()],
+    "sizes": lambda: [randn(20, 256, seed=i) * 10.0**power for i, power in enumerate(POWERS)],
+}
+
+
+@pytest.mark.parametrize("values", INT8_VALUES)
+def test_int8_kernels_are_the_plain_functions_bit_for_bit(values):
+    tensors = INT8_VALUES[values]()
+    by_kernel, plainly = ([zeros_for(x) for x in tensors] for _ in range(2))
+    for state in by_kernel:  # every scale is written, every level too
+        state["momentum_buffer"].fill_(3)
+        state["momentum_scale"].fill_(float("nan"))
+    levels, scales = ([state[key] for state in by_kernel] for key in ("momentum_buffer", "momentum_scale"))
+    plan = Int8Plan(levels, scales, LEVELS)
+    plan.quantize(torch.cat([x.flatten() for x in tensors]))
+    for state, x in zip(plainly, tensors, strict=True):
+        quantize_into(state, x)
+    for _ in range(3):  # what was read and not changed is written back as it was
+        read = plan.in_float()
+        for found, expected, view in zip(by_kernel, plainly, plan.views(read), strict=True):
+            assert torch.equal(found["momentum_scale"], expected["momentum_scale"])
+            assert torch.equal(found["momentum_buffer"], expected["momentum_buffer"])
+            assert torch.equal(view, in_float(expected))
+            assert view.is_contiguous()
+            assert view.data_ptr() % 16 == 0
+        plan.quantize(read)
+
+
+def test_int8_kernels_write_nothing_beside_the_momenta():
+    around = torch.full((3, 17 * 256), 5, dtype=torch.int8, device="cuda")
+    around_scales = torch.full((3, 64), 7.0, device="cuda")  # rows are aligned as the kernels want them
+    plan = Int8Plan([around[1]], [around_scales[1, :17]], LEVELS)
+    plan.quantize(randn(17 * 256))
+    assert (around[[0, 2]] == 5).all()
+    assert (around_scales[[0, 2]] == 7).all()
+    assert (around_scales[1, 17:] == 7).all()
+    assert (around_scales[1, :17] != 7).all()
+
+
+def test_new_int8_momenta_reach_the_device_without_waiting():
+    states = [zeros_for(randn(64, 64)) for _ in range(3)]
+    levels, scales = ([state[key] for state in states] for key in ("momentum_buffer", "momentum_scale"))
+    compiled = Int8Plan(levels, scales, LEVELS)
+    compiled.quantize(compiled.in_float())
+    plans = Int8Plans()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        plan = plans.of(levels, scales, LEVELS, states)
+        plan.quantize(plan.in_float())
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert plans.of(levels, scales, LEVELS, states) is plan
+    assert plans.of([x.clone() for x in levels], scales, LEVELS, states) is not plan
+    assert plans.of([levels[0].mT], scales[:1], LEVELS, plan) is None
+
+
+@each_optimizer
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_int8_momentum_is_the_same_in_both_paths(name, dtype):
+    shapes = ((256, 512), (512, 256), (128, 128), (65, 72), (192, 136))  # the fourth keeps float32
+    (fast_one, fast_params), (plain, plain_params) = twins(name, shapes=shapes, dtype=dtype, momentum_dtype="int8")
+    start = [p.detach().double() for p in plain_params]
+    for step in range(3):
+        for optimizer, params in ((fast_one, fast_params), (plain, plain_params)):
+            set_gradients(params, step)
+            optimizer.step()
+    for i, (p, q, begin) in enumerate(zip(fast_params, plain_params, start, strict=True)):
+        kept = fast_one.state[p]["momentum_buffer"].dtype
+        assert kept == plain.state[q]["momentum_buffer"].dtype == (torch.float32 if i == 3 else torch.int8)
+        # A sum that is rounded otherwise may fall to the next level.
+        assert relative_error(in_float(fast_one.state[p]).double(), in_float(plain.state[q]).double()) < 1e-3
+        assert relative_error(p.detach().double() - begin, q.detach().double() - begin) < 3e-2
+
+
+@each_optimizer
+def test_int8_kernels_are_taken_and_parts_change_nothing(name, monkeypatch):
+    written = []
+    original = Int8Plan.quantize
+    monkeypatch.setattr(Int8Plan, "quantize", lambda plan, x: (written.append(len(plan.sizes)), original(plan, x)))
+    shapes = ((256, 512),) * 5
+    (whole, whole_params), (plain, plain_params) = twins(name, shapes=shapes, momentum_dtype="int8")
+    in_parts, part_params = twins(
+        name, shapes=shapes, momentum_dtype="int8", fast={"max_workspace_bytes": 2 * 2 * 4 * 256 * 512}
+    )[0]
+    start = [p.detach().double() for p in whole_params]
+    for optimizer, params, expected in (
+        (whole, whole_params, [5]),
+        (in_parts, part_params, [2, 2, 1]),
+        (plain, plain_params, []),
+    ):
+        for step in range(2):
+            written.clear()
+            set_gradients(params, step)
+            optimizer.step()
+            assert written == expected
+    for p, q, begin in zip(whole_params, part_params, start, strict=True):
+        assert relative_error(p.detach().double() - begin, q.detach().double() - begin) < 3e-2
+
+
+def test_int8_momentum_of_parameters_that_the_kernels_of_the_step_leave():
+    """Convolutions, other layouts in memory, short sides: their momenta come and go by the kernels all the same."""
+    found = []
+    for kernels in ("auto", "torch"):
+        params = [randn(64, 16, 4, 4), randn(128, 64, seed=1).mT, randn(16, 512, seed=2), randn(256, 256, seed=3)]
+        params = [torch.nn.Parameter(p) for p in params]
+        groups = [{"params": params[:1], "flatten": True}, {"params": params[1:]}]
+        optimizer = Muon(groups, lr=0.02, kernels=kernels, momentum_dtype="int8")
+        for step in range(3):
+            set_gradients(params, step)
+            optimizer.step()
+        found.append([*params, *(in_float(optimizer.state[p]) for p in params)])
+    for p, q in zip(*found, strict=True):
+        assert relative_error(p.detach().double(), q.detach().double()) < 1e-2
+
+
+@pytest.mark.parametrize("cuda_graph", [False, True])
+def test_plans_are_kept_where_int8_momenta_move(cuda_graph, monkeypatch):
+    kept = []  # so that the next ones lie elsewhere
+    original = Int8Plan.in_float
+
+    def in_float_elsewhere(plan):
+        kept.append(original(plan))
+        return kept[-1]
+
+    monkeypatch.setattr(Int8Plan, "in_float", in_float_elsewhere)
+    (optimizer, params), (plain, plain_params) = twins("mud", fast={"cuda_graph": cuda_graph}, momentum_dtype="int8")
+    plans, graphs = [], []
+    for step in range(6):
+        for each, each_params in ((optimizer, params), (plain, plain_params)):
+            set_gradients(each_params, step)
+            each.step()
+        (plan,) = optimizer.__dict__["_fast_path"].plans.values()
+        plans.append(plan)
+        graphs.append(plan.graph)
+    assert len({values.data_ptr() for values in kept}) == 6
+    assert all(plan is plans[0] for plan in plans)
+    assert (graphs[-1] is not None) == cuda_graph
+    assert graphs[-1] is graphs[2]
+    for p, q in zip(params, plain_params, strict=True):
+        assert relative_error(p.detach().double(), q.detach().double()) < 1e-3
+
+
+@each_optimizer
+def test_workspace_with_int8_momentum_keeps_to_the_cap(name):
+    params = [torch.nn.Parameter(randn(512, 2048)) for _ in range(24)]
+    set_gradients(params, 0)
+    rule = KernelRule(0.95, True, 0.1, 1.0, passes=int(name == "mud"), beta2=0.9 if "ada" in name else None)
+    cap = 2 * max(4 * workspace_bytes(Sides(512, 2048, False), rule), 8 * 4 * 512 * 2048)
+    optimizer = OPTIMIZERS[name](params, max_workspace_bytes=cap, kernels="triton", momentum_dtype="int8")
+    optimizer.step()
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    optimizer.step()
+    torch.cuda.synchronize()
+    assert torch.cuda.max_memory_allocated() - before <= 1.05 * cap
+    assert torch.cuda.memory_allocated() - before <= 2**20

@@ -34,6 +34,8 @@ LAYERS = {
     "kernels": {
         "kernels",
         "kernels.elementwise_triton",
+        "kernels.int8_triton",
+        "kernels.int8_plan",
         "kernels.symmetric_triton",
         "kernels.triangular_triton",
         "kernels.half_maps",

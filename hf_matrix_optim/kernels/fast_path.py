@@ -31,6 +31,8 @@ class GroupPlan:
     stacks: list[StackPlan]
     rest: list[int]
     scalars: Tensor
+    momentum_starts: list[int]
+    momentum_forms: list[Any]
     values: list[float] = field(default_factory=lambda: [0.0, 0.0])
     graph: torch.cuda.CUDAGraph | None = None
     graph_rule: KernelRule | None = None
@@ -126,13 +128,22 @@ class FastPath:
         options = (layout, scale(1, 1), scale(1, 4), max_workspace_bytes, rule.passes > 0)
         places = _places(lists, grad_starts)
         first = id(lists.params[0])
+        momentum_starts = [momentum.data_ptr() for momentum in lists.momenta]
         known = self.plans.get(first)
-        if known is None or known.options != options or known.places != places:
+        has_moved = known is not None and known.momentum_starts != momentum_starts  # int8 ones are new in every step
+        if known is not None and has_moved and known.momentum_forms == _forms(lists.momenta):
+            known.momentum_starts = momentum_starts
+            for stack in known.stacks:
+                stack.move_momenta(momentum_starts)
+        now = (options, places, momentum_starts)
+        if known is None or (known.options, known.places, known.momentum_starts) != now:
             if known is None and len(self.plans) >= MOST_PLANS:  # gathered anew in every step, some never come back
                 del self.plans[next(iter(self.plans))]
             stacks, rest = _new_plan(lists, layout, rule, scale, max_workspace_bytes)
             scalars = torch.zeros(2, dtype=torch.float32, device=lists.params[0].device)
-            known = self.plans[first] = GroupPlan(options, places, stacks, rest, scalars)
+            forms = _forms(lists.momenta)
+            known = GroupPlan(options, places, stacks, rest, scalars, momentum_starts, forms)
+            self.plans[first] = known
             matrices = sum(len(stack.owners) for stack in stacks)
             message = (
                 f"{matrices} matrices of {len(lists.params) - len(rest)} parameters are stepped by Triton kernels in "
@@ -145,10 +156,9 @@ class FastPath:
 
 
 def _places(lists: MatrixLists, grad_starts: list[int]) -> list[Any]:
-    """All that a plan rests on. Lists that C code makes and compares: the first launch of each step waits for them."""
+    """All that a plan rests on but momenta, in lists that C code makes and compares: a step's first launch waits."""
     return [
         [p.data_ptr() for p in lists.params],
-        [m.data_ptr() for m in lists.momenta],
         [v.data_ptr() for v in lists.second_moments if v is not None],
         [s.data_ptr() for s in lists.skipped],
         [s.data_ptr() for s in lists.lookahead_scales if s is not None],
@@ -156,6 +166,11 @@ def _places(lists: MatrixLists, grad_starts: list[int]) -> list[Any]:
         [g.dtype for g in lists.grads],
         [start & 15 for start in grad_starts],
     ]
+
+
+def _forms(momenta: list[Tensor]) -> list[Any]:
+    """What a plan rests on of momenta that may move."""
+    return [(momentum.stride(), momentum.dtype, momentum.data_ptr() & 15) for momentum in momenta]
 
 
 def _fill(plan: GroupPlan, lr: float | Tensor, correction: float) -> None:
@@ -180,12 +195,13 @@ def _new_plan(
     lists: MatrixLists, layout: MatrixLayout, rule: KernelRule, scale: Scale, max_workspace_bytes: int
 ) -> tuple[list[StackPlan], list[int]]:
     rest: list[int] = []
-    by_shape: dict[Any, list[tuple[int, int, tuple[Tensor | None, ...]]]] = defaultdict(list)
+    by_shape: dict[Any, list[tuple[int, tuple[int, int], tuple[Tensor | None, ...]]]] = defaultdict(list)
     for owner, param in enumerate(lists.params):
         parts = list(lists.entry(owner).parts(layout))
         if not all(can_take(part.param, part.grad, part.momentum, part.second_moment) for part in parts):
             rest.append(owner)
             continue
+        starts = param.data_ptr(), lists.momenta[owner].data_ptr()
         for part in parts:
             shape = (*part.param.shape[-2:], part.param.stride(-2), part.param.dtype, part.momentum.dtype)
             fans = to_matrices(part.param, layout).shape[-2:]
@@ -199,7 +215,7 @@ def _new_plan(
                 part.skipped.unbind(),
                 strict=True,
             )
-            by_shape[shape, fans] += [(owner, param.data_ptr(), each) for each in tensors]
+            by_shape[shape, fans] += [(owner, starts, each) for each in tensors]
     stacks = []
     for ((rows, columns, stride, dtype, momentum_dtype), fans), matrices in by_shape.items():
         sides = Sides(rows, columns, rows > columns or (rows == columns and layout.output_axis == 1))

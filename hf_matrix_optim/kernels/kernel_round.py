@@ -140,7 +140,7 @@ class KernelRound(RoundStep):
                     "GPU kernels need: set kernels='torch'"
                 )
             tensors = (entry.param, entry.momentum, entry.second_moment, entry.lookahead_scale, entry.skipped)
-            made.add(i, entry.param.data_ptr(), tensors)
+            made.add(i, (entry.param.data_ptr(), entry.momentum.data_ptr()), tensors)
         self.stacks[key] = params, made
         return made
 

@@ -77,6 +77,7 @@ class StackPlan:
         device: of all tensors.
         owners: for each matrix, the position of its parameter in the list that the step is given.
         offsets: for each matrix, bytes from the start of its parameter, and of that parameter's gradient.
+        momentum_offsets: likewise, from the start of its parameter's momentum.
         fixed: addresses of parameters, momenta, second moments, lookahead scales, skip counts, each (matrices,).
     """
 
@@ -88,18 +89,27 @@ class StackPlan:
     device: torch.device
     owners: list[int] = field(default_factory=list)
     offsets: list[int] = field(default_factory=list)
+    momentum_offsets: list[int] = field(default_factory=list)
     fixed: tuple[list[int], ...] = field(default_factory=lambda: ([], [], [], [], []))
     _grads: list[int] = field(default_factory=list)
     _table: Tensor | None = None
 
-    def add(self, owner: int, start: int, tensors: tuple[Tensor | None, ...]) -> None:
-        """Add a matrix: its parameter's position and address, and its tensors in the order of ``fixed``."""
-        param = tensors[0]
+    def add(self, owner: int, starts: tuple[int, int], tensors: tuple[Tensor | None, ...]) -> None:
+        """Add a matrix: position of its parameter, addresses of that and its momentum, tensors as in ``fixed``."""
+        param, momentum = tensors[:2]
         assert param is not None
+        assert momentum is not None
         self.owners.append(owner)
-        self.offsets.append(param.data_ptr() - start)
+        self.offsets.append(param.data_ptr() - starts[0])
+        self.momentum_offsets.append(momentum.data_ptr() - starts[1])
         for addresses, tensor in zip(self.fixed, tensors, strict=True):
             addresses.append(0 if tensor is None else tensor.data_ptr())
+
+    def move_momenta(self, momentum_starts: list[int]) -> None:
+        """The momenta lie elsewhere, as new ones of int8 do in every step; for the next ``point_to``."""
+        moved = zip(self.owners, self.momentum_offsets, strict=True)
+        self.fixed[1][:] = [momentum_starts[owner] + offset for owner, offset in moved]
+        self._grads = []
 
     def point_to(self, grad_starts: list[int]) -> None:
         """Bring the table of addresses up to date, where it lies, without waiting for the device."""
