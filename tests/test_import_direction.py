@@ -34,6 +34,7 @@ LAYERS = {
     "kernels": {
         "kernels",
         "kernels.elementwise_triton",
+        "kernels.launch",
         "kernels.int8_triton",
         "kernels.int8_plan",
         "kernels.symmetric_triton",

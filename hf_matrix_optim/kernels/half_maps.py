@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hf_matrix_optim.kernels.launch import launch
 from hf_matrix_optim.newton_schulz import Coefficients
 
 TILE = 128
@@ -126,9 +127,9 @@ def _product(
         "num_stages": 3,
     }
     if columns == 256 and even:
-        kernels.overlapped_product_kernel[(programs,)](*tensors, alpha, beta, gamma, *sizes, **constants)
+        launch(kernels.overlapped_product_kernel, (programs,), *tensors, alpha, beta, gamma, *sizes, **constants)
     else:
-        kernels.product_kernel[(programs,)](*tensors, alpha, beta, gamma, k, *sizes, EVEN=even, **constants)
+        launch(kernels.product_kernel, (programs,), *tensors, alpha, beta, gamma, k, *sizes, EVEN=even, **constants)
 
 
 def newton_schulz_half(x: Tensor, sides: Sides, coefficients: Coefficients) -> tuple[Tensor, Tensor]:
@@ -165,9 +166,9 @@ def newton_schulz_half(x: Tensor, sides: Sides, coefficients: Coefficients) -> t
         a_matrix = free.pop(0)
         if first == 0:
             _product(x, x, gram, sides, gram=True)
-            trace_kernel[(count,)](gram, scales, norms, unit, k, padded, BLOCK=1024)
+            launch(trace_kernel, (count,), gram, scales, norms, unit, k, padded, BLOCK=1024)
             side = padded // 64
-            scale_kernel[side * (side + 1) // 2, count](gram, scales, a_matrix, padded, BLOCK=64)
+            launch(scale_kernel, (side * (side + 1) // 2, count), gram, scales, a_matrix, padded, BLOCK=64)
         else:
             _product(x, x, a_matrix, sides, gram=True, scales=scales)
         polynomial = q = free.pop(0)
@@ -219,42 +220,35 @@ def decorrelate_half(x: Tensor, sides: Sides, passes: int) -> tuple[Tensor, Tens
     even = k % TILE == 0 and d % width == 0
     for _ in range(passes):
         _product(x, x, gram, sides, gram=True)
-        triangular.norms_kernel[-(-padded // 256), count](gram, norms, k, padded, BLOCK=256)
-        triangular.leaf_kernel[padded // LEAF, count](
-            gram, norms, inverse, solve, padded, GAIN=GAIN, LEAF=LEAF, WIDTH=TILE, num_warps=1
-        )
+        launch(triangular.norms_kernel, (-(-padded // 256), count), gram, norms, k, padded, BLOCK=256)
+        launch(
+            triangular.leaf_kernel, (padded // LEAF, count), gram, norms, inverse, solve, padded,
+            GAIN=GAIN, LEAF=LEAF, WIDTH=TILE, num_warps=1,
+        )  # fmt: skip
         size = LEAF
         while size <= IN_ONE_PROGRAM and 2 * size <= padded:
-            triangular.merge_kernel[padded // (2 * size), count](
-                gram, norms, inverse, solve, padded, GAIN=GAIN, SIZE=size, num_warps=4 if size < 128 else 8
-            )
+            launch(
+                triangular.merge_kernel, (padded // (2 * size), count), gram, norms, inverse, solve, padded,
+                GAIN=GAIN, SIZE=size, num_warps=4 if size < 128 else 8,
+            )  # fmt: skip
             size *= 2
         for size, pairs in _merges(padded):
             height = min(size, padded - size)
             scratch = torch.empty(count, pairs, height, size, dtype=torch.float16, device=x.device)
             grid = ((size // TILE) ** 2, pairs, count)
-            triangular.left_factor_kernel[grid](
-                gram, norms, inverse, scratch, size, height, padded, pairs,
+            launch(
+                triangular.left_factor_kernel, grid, gram, norms, inverse, scratch, size, height, padded, pairs,
                 TILE=TILE, DEPTH=DEPTH, num_warps=8, num_stages=2,
             )  # fmt: skip
-            triangular.right_factor_kernel[grid](
-                scratch,
-                norms,
-                inverse,
-                solve,
-                size,
-                height,
-                padded,
-                pairs,
-                GAIN=GAIN,
-                TILE=TILE,
-                DEPTH=DEPTH,
-                num_warps=8,
-            )
-        triangular.apply_kernel[-(-k // TILE) * parts, count](
-            solve, x, y, squares, k, d, padded, ALONG_COLUMNS=sides.along_columns, EVEN=even,
+            launch(
+                triangular.right_factor_kernel, grid, scratch, norms, inverse, solve, size, height, padded, pairs,
+                GAIN=GAIN, TILE=TILE, DEPTH=DEPTH, num_warps=8,
+            )  # fmt: skip
+        launch(
+            triangular.apply_kernel, (-(-k // TILE) * parts, count), solve, x, y, squares, k, d, padded,
+            ALONG_COLUMNS=sides.along_columns, EVEN=even,
             VECTORS=TILE, WIDTH=width, DEPTH=DEPTH, num_warps=4 if width == TILE else 8, num_stages=3,
         )  # fmt: skip
-        triangular.inverse_lengths_kernel[-(-k // 256), count](squares, lengths, k, parts, BLOCK=256)
+        launch(triangular.inverse_lengths_kernel, (-(-k // 256), count), squares, lengths, k, parts, BLOCK=256)
         x, y = y, x
     return x, lengths

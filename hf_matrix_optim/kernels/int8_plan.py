@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hf_matrix_optim.kernels.launch import launch
+
 ROWS = 16  # blocks a program
 MOST_PLANS = 256
 
@@ -47,7 +49,7 @@ class Int8Plan:
         from hf_matrix_optim.kernels import int8_triton as kernels
 
         values = torch.empty(sum(self.sizes), dtype=torch.float32, device=self.device)
-        self._launch(kernels.dequantize_kernel, values, inverse_square=1 / self.most**2)
+        self._launch(kernels.dequantize_kernel, values, 1 / self.most**2)
         return values
 
     def views(self, values: Tensor) -> list[Tensor]:
@@ -60,11 +62,11 @@ class Int8Plan:
 
         self._launch(kernels.quantize_kernel, values, LEVELS=self.most)
 
-    def _launch(self, kernel: Any, values: Tensor, **constants: float) -> None:
+    def _launch(self, kernel: Any, values: Tensor, *numbers: float, **constants: int) -> None:
         with torch.cuda.device(self.device):
-            kernel[(self.programs,)](
-                self.owners, self.table, values, len(self.sizes), **constants, BLOCK=self.block, ROWS=ROWS,
-                enable_fp_fusion=False, num_warps=8,
+            launch(
+                kernel, (self.programs,), self.owners, self.table, values, len(self.sizes), *numbers, **constants,
+                BLOCK=self.block, ROWS=ROWS, enable_fp_fusion=False, num_warps=8,
             )  # fmt: skip
 
 

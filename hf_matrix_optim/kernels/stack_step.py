@@ -21,6 +21,7 @@ from hf_matrix_optim.kernels.half_maps import (
     newton_schulz_half,
     newton_schulz_top,
 )
+from hf_matrix_optim.kernels.launch import launch
 from hf_matrix_optim.kernels.stack_plan import StackPlan
 from hf_matrix_optim.newton_schulz import Coefficients
 
@@ -82,8 +83,8 @@ def look_ahead(plan: StackPlan, rule: KernelRule) -> Lookahead:
     x = torch.empty(count, sides.rows, sides.columns, dtype=torch.float16, device=plan.device)
     found = Lookahead(x, torch.zeros(count, dtype=torch.int32, device=plan.device))
     if x.numel():
-        grid: Any = (-(-sides.rows * sides.columns // BLOCK), count)
-        kernels.momentum_kernel[grid](*_arguments(plan, rule, found), **_constants(plan, rule))
+        grid = (-(-sides.rows * sides.columns // BLOCK), count)
+        launch(kernels.momentum_kernel, grid, *_arguments(plan, rule, found), **_constants(plan, rule))
     return found
 
 
@@ -92,8 +93,8 @@ def repair(plan: StackPlan, rule: KernelRule, found: Lookahead, top: int) -> Non
     from hf_matrix_optim.kernels import elementwise_triton as kernels
 
     if found.x.numel():
-        grid: Any = (REPAIR_PROGRAMS, len(plan.owners))
-        kernels.repair_kernel[grid](*_arguments(plan, rule, found), **_constants(plan, rule), TOP=top)
+        grid = (REPAIR_PROGRAMS, len(plan.owners))
+        launch(kernels.repair_kernel, grid, *_arguments(plan, rule, found), **_constants(plan, rule), TOP=top)
 
 
 def top_of(sides: Sides, rule: KernelRule) -> int:
@@ -139,20 +140,22 @@ def apply_direction(
     _, params, _, second_moments, scales, skipped = plan.addresses()
     packed = plan.stride == sides.columns
     blocks = -(-n // BLOCK)
-    grid: Any = (blocks, count)
+    grid = (blocks, count)
     if rule.beta2 is not None:
         squares = torch.zeros(count, blocks, dtype=torch.float32, device=plan.device)
         if direction.numel():
-            kernels.second_moment_kernel[grid](
+            launch(
+                kernels.second_moment_kernel, grid,
                 second_moments, direction, factors, largest_bits, squares, scalars, sides.columns, plan.stride, n,
                 rule.beta2, rule.eps, PACKED=packed, EACH=scalars.numel() > 2, BLOCK=BLOCK,
             )  # fmt: skip
         if inverse_rms is not None:
             factors = inverse_rms(squares)
         else:
-            kernels.inverse_rms_kernel[(count,)](squares, factors, blocks, n, rule.rms_eps, BLOCK=1024)
+            launch(kernels.inverse_rms_kernel, (count,), squares, factors, blocks, n, rule.rms_eps, BLOCK=1024)
     if direction.numel():
-        kernels.update_kernel[grid](
+        launch(
+            kernels.update_kernel, grid,
             params, direction, factors, largest_bits, scales, skipped, scalars, sides.columns, plan.stride, n,
             sides.k, plan.scale, rule.weight_decay, PER_VECTOR=factors.ndim == 2, ALONG_COLUMNS=sides.along_columns,
             PACKED=packed, TOP=top, PARAM=kernels.TYPES[plan.dtype], BLOCK=BLOCK,
