@@ -107,9 +107,9 @@ class OptimizerDiagnostics:
     defined is left out (relative updates of a zero matrix, errors of a zero update, rms with a learning rate of 0,
     matrices without a gradient).
 
-    Copies take at most half the smallest ``max_workspace_bytes`` of the groups. Where not all matrices fit, those of
-    an evenly spread sample are measured, always the same. A DTensor's matrices are gathered one parameter at a time,
-    on every rank; all ranks must take part.
+    Copies take at most half the smallest ``max_workspace_bytes`` of the groups, and what is computed with them about
+    the other half. Where not all matrices fit, those of an evenly spread sample are measured, always the same. A
+    DTensor's matrices are gathered one parameter at a time, on every rank; all ranks must take part.
 
     Args:
         model: for the attention logits, whose modules are in ``attention_logit_bounds``.
@@ -274,23 +274,18 @@ class OptimizerDiagnostics:
 
     def _measured(self, stack: _Stack, read: "_WholeTensors") -> Tensor:
         """(MEASURED, b) numbers of the matrices of a stack, whose copies are let go."""
-        weights, dtype = stack.weights, state_dtype(stack.weights)
-        matrix_bytes = math.prod(weights.shape[1:]) * dtype.itemsize
-        count = max(1, self._bytes(UPDATE_PART, weights.device) // matrix_bytes)
-        changes = []
-        for start in range(0, len(weights), count):
-            part = slice(start, start + count)
-            changes.append(self._changes(weights[part], stack.matrices[part], read))
-        count = max(1, self._bytes(SPECTRAL_PART, weights.device) // (2 * matrix_bytes))
-        norms = []
-        for start in range(0, len(weights), count):
-            after = weights[start : start + count]  # ``_changes`` has put them there
-            both = after.new_empty(2, *after.shape, dtype=dtype)
-            both[0].copy_(after)
-            read.into(both[1], stack.matrices[start : start + count], "momentum_buffer")
-            frobenius, spectral = frobenius_and_spectral_norm(both.flatten(0, 1), owned=True)
-            norms.append(torch.stack([spectral[: len(after)], *(x[len(after) :] for x in (frobenius, spectral))]))
-        return torch.cat([torch.cat(changes, 1), torch.cat(norms, 1)])
+        weights = stack.weights
+        matrix_bytes = math.prod(weights.shape[1:]) * state_dtype(weights).itemsize
+        numbers = []
+        # first the changes, which put the new weights into the place of the old ones
+        for measure, copies, part in ((self._changes, 1, UPDATE_PART), (self._spectral_norms, 2, SPECTRAL_PART)):
+            count = max(1, self._bytes(part, weights.device) // (copies * matrix_bytes))
+            found = [
+                measure(weights[start : start + count], stack.matrices[start : start + count], read)
+                for start in range(0, len(weights), count)
+            ]
+            numbers.append(torch.cat(found, dim=1))
+        return torch.cat(numbers)
 
     def _changes(self, weights: Tensor, matrices: list[_Matrix], read: "_WholeTensors") -> Tensor:
         """(4, b): norms of weights, changes and updates, and the updates' errors; ``weights`` become the new ones."""
@@ -310,6 +305,14 @@ class OptimizerDiagnostics:
         update.masked_fill_((change_norm == 0)[:, None, None], 0)  # not stepped: not decayed either
         update_norm = torch.linalg.vector_norm(update, dim=(-2, -1))
         return torch.stack([weight_norm, change_norm, update_norm, orthogonality_error(update, owned=True)])
+
+    def _spectral_norms(self, weights: Tensor, matrices: list[_Matrix], read: "_WholeTensors") -> Tensor:
+        """(3, b): spectral norms of weights, and Frobenius and spectral norms of momenta."""
+        both = weights.new_empty(2, *weights.shape, dtype=state_dtype(weights))
+        both[0].copy_(weights)
+        read.into(both[1], matrices, "momentum_buffer")
+        frobenius, spectral = frobenius_and_spectral_norm(both.flatten(0, 1), owned=True)
+        return torch.stack([spectral[: len(weights)], frobenius[len(weights) :], spectral[len(weights) :]])
 
     def _add_sums(self, reading: Reading, groups: list[dict[str, Any]]) -> None:
         """Squared norms of each group, and its skips; collectives where there are DTensors, alike on all ranks."""
