@@ -550,8 +550,9 @@ def test_modules_that_were_exchanged_are_looked_up_anew():
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-def test_measuring_waits_for_no_gpu():
-    model = tiny_model("llama").cuda()
+@pytest.mark.parametrize("name", ["llama", "gpt2", "qwen3"])
+def test_measuring_waits_for_no_gpu(name):
+    model = tiny_model(name).cuda()
     optimizer = create_optimizer("muon", model, lr=LR)
     diagnostics = OptimizerDiagnostics(model, optimizer, per_layer=True)
     tokens = torch.stack([row["input_ids"] for row in token_rows(4)]).cuda()
