@@ -1,7 +1,9 @@
 """How large an attention logit could be: bounds by the query and key weights of each head and the norm before them."""
 
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -76,10 +78,36 @@ class LogitBound:
         Returns:
             (heads,) in float32 or wider.
         """
-        query = _largest_norm(self.projections.query, self.input_norm, self.query_norm, whole)
-        key = _largest_norm(self.projections.key, self.input_norm, self.key_norm, whole)
-        bound: Tensor = query * self.scaling * key.repeat_interleave(len(query) // len(key))
-        return bound
+        return _bounds_of_heads([self], whole)[0]
+
+
+@torch.no_grad()
+def largest_logits(bounds: list[LogitBound], whole: Whole = lambda tensor: tensor, *, max_bytes: int) -> Tensor:
+    """The largest of ``LogitBound.of_heads`` of each module; those of one form are computed together.
+
+    Args:
+        bounds: at least one.
+        whole: gathers a sharded tensor; called in an order that follows from ``bounds`` alone.
+        max_bytes: of the query rows, or key rows, that are stacked at a time, in bytes; a stack has those of one
+            module at least, and some three copies.
+
+    Returns:
+        (len(bounds),) in float32 or wider, on the device of the first module.
+    """
+    alike: dict[tuple[Any, ...], list[int]] = defaultdict(list)
+    for i, bound in enumerate(bounds):
+        alike[_form_of(bound)].append(i)
+    found: dict[int, Tensor] = {}
+    for members in alike.values():
+        query = bounds[members[0]].projections.query  # keys have at most as many rows
+        weight = _weight_of(query.owner)
+        elements = query.rows.numel() * weight.size(1 - query.output_axis)
+        count = max(1, max_bytes // (elements * _wide_dtype(weight).itemsize))
+        for start in range(0, len(members), count):
+            some = members[start : start + count]
+            largest = _bounds_of_heads([bounds[i] for i in some], whole).amax(-1)
+            found.update(zip(some, largest.unbind(), strict=True))
+    return torch.stack([found[i].to(found[0].device) for i in range(len(bounds))])
 
 
 def find_logit_bounds(model: nn.Module) -> tuple[list[LogitBound], dict[str, str]]:
@@ -138,44 +166,79 @@ def _bound_of(
     return LogitBound(projections, scaling, input_norm, *norms)
 
 
-def _largest_norm(part: HeadRows, input_norm: nn.Module, head_norm: nn.Module | None, whole: Whole) -> Tensor:
-    """Largest length of a query or key, (heads,)."""
-    heads, head_dim = part.rows.shape
-    if head_norm is not None:
-        length: Tensor = head_dim**0.5 * _wide(whole(_weight_of(head_norm))).abs().max()
-        return length.expand(heads)
-    weight, bias = _rows_of(part, whole)
-    gain: Tensor | None = getattr(input_norm, "weight", None)
-    shift: Tensor | None = getattr(input_norm, "bias", None)
-    offset = torch.zeros_like(weight[..., 0]) if bias is None else bias
-    if shift is not None:
-        offset = offset + weight @ _wide(whole(shift.detach()))
-    if gain is not None:
-        weight = weight * _wide(whole(gain.detach()))
-    if isinstance(input_norm, nn.LayerNorm):
-        weight = weight - weight.mean(-1, keepdim=True)
-    largest: Tensor = spectral_norm_bound(weight) * weight.size(-1) ** 0.5
-    largest = largest + torch.linalg.vector_norm(offset, dim=-1)
+def _form_of(bound: LogitBound) -> tuple[Any, ...]:
+    """Equal for modules whose tensors can be stacked and are treated the same."""
+    parts = (bound.projections.query, bound.projections.key)
+    norms = (bound.input_norm, bound.query_norm, bound.key_norm)
+    tensors = [getattr(m, name, None) for m in (*(p.owner for p in parts), *norms) for name in ("weight", "bias")]
+    return (
+        bound.scaling,
+        isinstance(bound.input_norm, nn.LayerNorm),
+        *((part.rows.shape, part.span, part.output_axis) for part in parts),
+        *((t.shape, t.dtype, t.device) if isinstance(t, Tensor) else None for t in tensors),
+    )
+
+
+@torch.no_grad()
+def _bounds_of_heads(bounds: list[LogitBound], whole: Whole) -> Tensor:
+    """``LogitBound.of_heads`` of modules of one form, (modules, heads)."""
+    inputs = [bound.input_norm for bound in bounds]
+    query = _largest_norms([b.projections.query for b in bounds], inputs, [b.query_norm for b in bounds], whole)
+    key = _largest_norms([b.projections.key for b in bounds], inputs, [b.key_norm for b in bounds], whole)
+    bound: Tensor = query * bounds[0].scaling * key.repeat_interleave(query.size(1) // key.size(1), dim=1)
+    return bound
+
+
+def _largest_norms(
+    parts: list[HeadRows], input_norms: list[nn.Module], head_norms: Sequence[nn.Module | None], whole: Whole
+) -> Tensor:
+    """Largest length of a query or key of modules of one form, (modules, heads)."""
+    first = parts[0]
+    heads, head_dim = first.rows.shape
+    if head_norms[0] is not None:
+        gains = _stacked([_weight_of(norm) for norm in head_norms if norm is not None], whole)
+        length: Tensor = head_dim**0.5 * gains.abs().amax(-1, keepdim=True)
+        return length.expand(-1, heads)
+    weights = _stacked([_weight_of(part.owner) for part in parts], whole, first, first.output_axis)
+    rows = weights.mT if first.output_axis else weights  # (modules, heads * head_dim, fan_in)
+    offsets = []  # (modules, heads * head_dim) each
+    if first.owner.bias is not None:
+        offsets.append(_stacked([part.owner.bias for part in parts], whole, first))
+    if getattr(input_norms[0], "bias", None) is not None:
+        offsets.append((rows @ _stacked([norm.bias for norm in input_norms], whole).unsqueeze(-1)).squeeze(-1))
+    if getattr(input_norms[0], "weight", None) is not None:
+        rows.mul_(_stacked([norm.weight for norm in input_norms], whole).unsqueeze(1))
+    if isinstance(input_norms[0], nn.LayerNorm):
+        rows.sub_(rows.mean(-1, keepdim=True))
+    fan_in = rows.size(-1)
+    stack = rows.reshape(-1, head_dim, fan_in)
+    del weights, rows  # a copy was made of transposed ones
+    largest: Tensor = spectral_norm_bound(stack).view(len(parts), heads) * fan_in**0.5
+    if offsets:
+        offset = torch.stack(offsets).sum(0).view(len(parts), heads, head_dim)
+        largest = largest + torch.linalg.vector_norm(offset, dim=-1)
     return largest
 
 
-def _rows_of(part: HeadRows, whole: Whole) -> tuple[Tensor, Tensor | None]:
-    """The weight as (heads, head_dim, fan_in) and the bias as (heads, head_dim), in float32 or wider."""
-    weight = whole(_weight_of(part.owner))
-    rows = part.rows.to(weight.device, non_blocking=True)  # few; waiting for a GPU would show in the step
-    bias = part.owner.bias
-    of_bias = _wide(whole(bias.detach())[rows]) if isinstance(bias, Tensor) else None
-    return _wide((weight.mT if part.output_axis else weight)[rows]), of_bias
+def _stacked(tensors: Sequence[Any], whole: Whole, rows: HeadRows | None = None, axis: int = 0) -> Tensor:
+    """A new stack of tensors of one shape, or of their rows along ``axis``, (tensors, ...), in float32 or wider."""
+    pieces = []
+    for tensor in tensors:
+        gathered = whole(tensor)
+        piece = gathered if rows is None else rows.cut(gathered, axis)
+        pieces.append(piece.clone() if gathered is not tensor else piece)  # lets go of the rest of what was gathered
+    stack = torch.stack(pieces)
+    return stack.to(_wide_dtype(stack))
 
 
 def _weight_of(module: nn.Module) -> Tensor:
     weight = module.weight
     assert isinstance(weight, Tensor)
-    return weight.detach()
+    return weight
 
 
-def _wide(tensor: Tensor) -> Tensor:
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+def _wide_dtype(tensor: Tensor) -> torch.dtype:
+    return torch.promote_types(tensor.dtype, torch.float32)
 
 
 def _is_rms_norm(norm: nn.Module) -> bool:

@@ -7,6 +7,7 @@ in ``AttentionProjections.qk_norm`` and ``logit_bound``.
 
 import re
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import torch
@@ -86,6 +87,20 @@ class HeadRows:
     owner: nn.Module
     rows: Tensor
     output_axis: Literal[0, 1]
+
+    @cached_property
+    def span(self) -> range:
+        """From the first to the last of ``rows``, which ascend; they are all of it unless other rows lie between."""
+        return range(int(self.rows[0, 0]), int(self.rows[-1, -1]) + 1)
+
+    def cut(self, tensor: Tensor, axis: int) -> Tensor:
+        """The rows, in order, of the whole weight or bias with fan_out along ``axis``; a view if they lie together."""
+        if len(self.span) == self.rows.numel():
+            return tensor.narrow(axis, self.span.start, len(self.span))
+        rows = self.rows.flatten().to(
+            tensor.device, non_blocking=True
+        )  # few; waiting for a GPU would show in the step
+        return tensor.index_select(axis, rows)
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ class MeasuredMatrix:
     Attributes:
         name: of its parameter, and of its part of a fused one.
         group: its param group.
-        shape: (fan_out, fan_in).
+        shape: as it is stored, (fan_out, fan_in) or (fan_in, fan_out).
         has_gradient: in the step that was measured.
     """
 

@@ -9,15 +9,17 @@ import math
 import time
 from collections import defaultdict
 from dataclasses import dataclass
+from functools import lru_cache
+from itertools import groupby
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from hf_matrix_optim.attention_logit_bounds import find_logit_bounds
+from hf_matrix_optim.attention_logit_bounds import find_logit_bounds, largest_logits
 from hf_matrix_optim.diagnostics_summary import MeasuredMatrix, Reading, summarize
 from hf_matrix_optim.int8_momentum import in_float
-from hf_matrix_optim.matrix_layout import MatrixLayout, split_parts, to_matrices
+from hf_matrix_optim.matrix_layout import MatrixLayout, split_parts
 from hf_matrix_optim.matrix_optimizer import CPU_STACK_BYTES, MatrixOptimizer
 from hf_matrix_optim.plain_step import state_dtype
 from hf_matrix_optim.sharding.full_tensor import over_shards, whole_of
@@ -29,32 +31,40 @@ logger = logging.getLogger("transformers.hf_matrix_optim")
 
 #: Most elements of each parameter of an AdamW group that are compared, in evenly spread rows.
 ADAMW_ELEMENTS = 2**18
-#: Copies kept over the step take at most this part of max_workspace_bytes, a stack with its temporary copies the rest.
-SNAPSHOT_PART, STACK_PART = 2, 16
+#: Parts of max_workspace_bytes. Copies kept over the step take at most the first, and the rest is for what is measured
+#: at a time, stacked as far as it fits, for GPUs wait for launches otherwise: updates, of which there are up to three
+#: copies, singular values, which need one, and then the query or key rows of attention, of which there are three.
+SNAPSHOT_PART, UPDATE_PART, SPECTRAL_PART, ATTENTION_PART = 2, 8, 2, 4
 GOLDEN_RATIO = (5**0.5 - 1) / 2
 
 
 @dataclass(frozen=True)
 class _Matrix:
-    """One matrix of a parameter: its group, its parameter there, its part and its place in a stack of matrices."""
+    """One matrix of a parameter: its group, its parameter there, its part and its place in a stack of matrices.
+
+    It is read as it is stored, (fan_in, fan_out) with ``output_axis=1``: a transpose measures the same.
+    """
 
     group: int
     index: int
     part: int
     element: int
-    shape: tuple[int, int]
+    stored: tuple[int, int]
 
     def view_in(self, tensor: Tensor, layout: MatrixLayout) -> Tensor:
-        """The matrix in its whole parameter, or in a tensor of that shape; (fan_out, fan_in)."""
-        return to_matrices(split_parts(tensor, layout)[self.part], layout)[self.element]
+        """The matrix in its whole parameter, or in a tensor of that shape; of shape ``stored``."""
+        part = split_parts(tensor, layout)[self.part]
+        if layout.flatten:
+            part = part.flatten(1)
+        return part[self.element] if part.ndim == 3 else part
 
 
 @dataclass
 class _Stack:
-    """Matrices of one group and shape, and their weights before the step, (b, fan_out, fan_in)."""
+    """Matrices of one shape, dtype and device, in the order of groups, and their weights before the step."""
 
     matrices: list[_Matrix]
-    before: Tensor | None = None
+    weights: Tensor  # (b, *stored)
 
 
 class OptimizerDiagnostics:
@@ -97,9 +107,9 @@ class OptimizerDiagnostics:
     defined is left out (relative updates of a zero matrix, errors of a zero update, rms with a learning rate of 0,
     matrices without a gradient).
 
-    Copies take at most half the smallest ``max_workspace_bytes`` of the groups. Where not all matrices fit, those of
-    an evenly spread sample are measured, always the same. A DTensor's matrices are gathered one parameter at a time,
-    on every rank; all ranks must take part.
+    Copies take at most half the smallest ``max_workspace_bytes`` of the groups, and what is computed with them about
+    the other half. Where not all matrices fit, those of an evenly spread sample are measured, always the same. A
+    DTensor's matrices are gathered one parameter at a time, on every rank; all ranks must take part.
 
     Args:
         model: for the attention logits, whose modules are in ``attention_logit_bounds``.
@@ -119,11 +129,14 @@ class OptimizerDiagnostics:
         self.optimizer = optimizer
         self.per_layer = per_layer
         self._model = model
-        for class_name, reason in find_logit_bounds(model)[1].items():
+        self._modules = _modules_of(model)
+        self._attention, left_out = find_logit_bounds(model)
+        for class_name, reason in left_out.items():
             logger.info("diagnostics: no bound of the attention logits for %s: %s", class_name, reason)
         self._before: list[_Stack] = []
         self._adamw_before: dict[int, list[Tensor]] = {}
         self._adamw_elements = 0
+        self._budget = 0
         self._rates: list[Any] = []
         self._marks: dict[str, Any] = {}
         self._reading: Reading | None = None
@@ -145,16 +158,19 @@ class OptimizerDiagnostics:
             rate.detach().clone() if isinstance(rate, Tensor) and rate.device.type != "cpu" else float(rate)
             for rate in rates
         ]
-        budget = min(int(group["max_workspace_bytes"]) for group in groups)
-        self._before = self._stacks(budget)
+        self._budget = min(int(group["max_workspace_bytes"]) for group in groups)
         read = _WholeTensors(groups)
-        for stack in self._before:
-            stack.before = torch.stack([read.matrix(matrix, "param") for matrix in stack.matrices])
+        self._before = [
+            _Stack(matrices, read.into(_empty_stack(matrices, groups), matrices, "param"))
+            for matrices in self._matrices_to_measure()
+        ]
         adamw = {i: group for i, group in enumerate(groups) if group["role"] == "adamw"}
         count = max(1, sum(len(group["params"]) for group in adamw.values()))
-        elements = min(ADAMW_ELEMENTS, budget // (16 * count))  # of up to 8 bytes, for an eighth of the workspace
+        elements = min(
+            ADAMW_ELEMENTS, self._budget // (16 * count)
+        )  # of up to 8 bytes, for an eighth of the workspace
         self._adamw_before = {
-            i: [_sampled_rows(local_of(p.detach()), elements).clone() for p in group["params"]]
+            i: [_sampled_rows(_at(group["params"], members), elements) for members in _alike(group["params"])]
             for i, group in adamw.items()
         }
         self._adamw_elements = elements
@@ -172,36 +188,39 @@ class OptimizerDiagnostics:
         self._marks["end"] = self._mark()
         groups = self.optimizer.param_groups
         matrices = [matrix for stack in self._before for matrix in stack.matrices]
-        attention, _ = find_logit_bounds(self._model)  # anew, for engines exchange parameters
+        modules = _modules_of(self._model)
+        if modules != self._modules:  # as when an adapter was added
+            self._modules, self._attention = modules, find_logit_bounds(self._model)[0]
         reading = Reading(
             matrices=[
                 MeasuredMatrix(
                     name=_name_of(matrix, groups[matrix.group]),
                     group=matrix.group,
-                    shape=matrix.shape,
+                    shape=matrix.stored,
                     has_gradient=_has_grad(groups[matrix.group]["params"][matrix.index]),
                 )
                 for matrix in matrices
             ],
             roles=[group["role"] for group in groups],
             rates=[None if isinstance(rate, Tensor) else rate for rate in self._rates],
-            attention=[bound.projections.name for bound in attention],
+            attention=[bound.projections.name for bound in self._attention],
             marks=self._marks,
         )
         self._marks = {}
         read = _WholeTensors(groups, self.optimizer.state)
-        measured = [self._measured(stack, read) for stack in self._before]
+        measured = []
+        while self._before:
+            measured.append(self._measured(self._before.pop(0), read))
         if measured:
             first = measured[0].device
             reading.numbers["matrices"] = torch.cat([part.to(first) for part in measured], dim=1).flatten()
-        self._before = []
         for i, rate in enumerate(self._rates):
             if isinstance(rate, Tensor):
                 reading.numbers[f"rate_{i}"] = rate.flatten()
         self._add_sums(reading, groups)
-        if attention:
-            bounds = [bound.of_heads(whole_of).max() for bound in attention]
-            reading.numbers["attention"] = torch.stack([bound.to(bounds[0].device) for bound in bounds])
+        if self._attention:
+            stack_bytes = self._bytes(ATTENTION_PART, self._device())
+            reading.numbers["attention"] = largest_logits(self._attention, whole_of, max_bytes=stack_bytes)
         self._reading = reading
 
     def values(self) -> dict[str, float]:
@@ -216,24 +235,22 @@ class OptimizerDiagnostics:
 
     # ---- what is measured ----
 
-    def _stacks(self, budget: int) -> list[_Stack]:
-        """The matrices to measure, those of one group and shape in stacks, in the order of groups and parameters."""
+    def _matrices_to_measure(self) -> list[list[_Matrix]]:
+        """The matrices to measure, those alike together, in the order of groups and parameters."""
         groups = self.optimizer.param_groups
-        matrices = [
-            _Matrix(g, i, part, element, shape)
-            for g, group in enumerate(groups)
-            if group["role"] == "matrix"
-            for i, p in enumerate(group["params"])
-            for part, element, shape in _shapes(tuple(p.shape), MatrixLayout.from_group(group))
-        ]
-        params = {(m.group, m.index): groups[m.group]["params"][m.index] for m in matrices}
+        matrices = []
+        for g, group in enumerate(groups):
+            if group["role"] == "matrix":
+                layout = MatrixLayout.from_group(group)
+                for i, p in enumerate(group["params"]):
+                    matrices += [_Matrix(g, i, *place) for place in _places(tuple(p.shape), layout)]
+        params = [groups[matrix.group]["params"][matrix.index] for matrix in matrices]
         chosen: list[int] = []
         filled = 0
         # Multiples of the golden ratio spread evenly, and hit no period of the layers.
         for position in sorted(range(len(matrices)), key=lambda i: i * GOLDEN_RATIO % 1.0):
-            matrix = matrices[position]
-            size = math.prod(matrix.shape) * params[matrix.group, matrix.index].element_size()
-            if chosen and filled + size > budget // SNAPSHOT_PART:
+            size = math.prod(matrices[position].stored) * params[position].element_size()
+            if chosen and filled + size > self._budget // SNAPSHOT_PART:
                 break
             chosen.append(position)
             filled += size
@@ -242,76 +259,90 @@ class OptimizerDiagnostics:
                 "diagnostics measure %d of %d matrices: more would not fit into max_workspace_bytes=%d",
                 len(chosen),
                 len(matrices),
-                budget,
+                self._budget,
             )
             self._told_sample = True
         alike: dict[tuple[Any, ...], list[_Matrix]] = defaultdict(list)
-        for matrix in (matrices[position] for position in sorted(chosen)):
-            p = params[matrix.group, matrix.index]
-            alike[matrix.group, matrix.shape, p.dtype, p.device].append(matrix)
-        stacks = []
-        for (_, shape, dtype, device), members in alike.items():
-            stack_bytes = budget // STACK_PART
-            if device.type == "cpu":
-                stack_bytes = min(stack_bytes, CPU_STACK_BYTES)
-            count = max(1, stack_bytes // (math.prod(shape) * torch.promote_types(dtype, torch.float32).itemsize))
-            stacks += [_Stack(members[start : start + count]) for start in range(0, len(members), count)]
-        return stacks
+        for position in sorted(chosen):
+            key = matrices[position].stored, params[position].dtype, params[position].device
+            alike[key].append(matrices[position])
+        return list(alike.values())
+
+    def _bytes(self, part: int, device: torch.device) -> int:
+        """Bytes of a stack that takes one part of so many of the workspace."""
+        return min(self._budget // part, CPU_STACK_BYTES) if device.type == "cpu" else self._budget // part
 
     def _measured(self, stack: _Stack, read: "_WholeTensors") -> Tensor:
         """(MEASURED, b) numbers of the matrices of a stack, whose copies are let go."""
-        group = self.optimizer.param_groups[stack.matrices[0].group]
-        rate = self._rates[stack.matrices[0].group]
-        assert stack.before is not None
-        dtype = state_dtype(stack.before)
-        before = stack.before.to(dtype)
-        stack.before = None
-        after = torch.stack([read.matrix(matrix, "param") for matrix in stack.matrices]).to(dtype)
-        change = before - after
-        weight_norm, change_norm = (torch.linalg.vector_norm(x, dim=(-2, -1)) for x in (before, change))
-        divisor = rate.to(change.device) if isinstance(rate, Tensor) else rate or 1.0
-        update = change.div_(divisor).sub_(before, alpha=group["weight_decay"])
-        update = torch.where((change_norm == 0)[:, None, None], 0, update)  # not stepped: not decayed either
-        del before, change
-        update_norm = torch.linalg.vector_norm(update, dim=(-2, -1))
-        error = orthogonality_error(update)
-        del update
-        _, weight_spectral = frobenius_and_spectral_norm(after)
+        weights = stack.weights
+        matrix_bytes = math.prod(weights.shape[1:]) * state_dtype(weights).itemsize
+        numbers = []
+        # first the changes, which put the new weights into the place of the old ones
+        for measure, copies, part in ((self._changes, 1, UPDATE_PART), (self._spectral_norms, 2, SPECTRAL_PART)):
+            count = max(1, self._bytes(part, weights.device) // (copies * matrix_bytes))
+            found = [
+                measure(weights[start : start + count], stack.matrices[start : start + count], read)
+                for start in range(0, len(weights), count)
+            ]
+            numbers.append(torch.cat(found, dim=1))
+        return torch.cat(numbers)
+
+    def _changes(self, weights: Tensor, matrices: list[_Matrix], read: "_WholeTensors") -> Tensor:
+        """(4, b): norms of weights, changes and updates, and the updates' errors; ``weights`` become the new ones."""
+        dtype = state_dtype(weights)
+        after = read.into(torch.empty_like(weights), matrices, "param")
+        weight_norm = torch.linalg.vector_norm(weights, dim=(-2, -1), dtype=dtype)
+        update = weights.to(dtype, copy=True).sub_(after)
+        change_norm = torch.linalg.vector_norm(update, dim=(-2, -1))
+        start = 0
+        for g, same in groupby(matrices, key=lambda matrix: matrix.group):
+            rate = self._rates[g]
+            divisor = rate.to(update.device) if isinstance(rate, Tensor) else rate or 1.0
+            part = slice(start, start := start + len(list(same)))
+            update[part].div_(divisor).sub_(weights[part], alpha=self.optimizer.param_groups[g]["weight_decay"])
+        weights.copy_(after)
         del after
-        momentum = torch.stack([read.matrix(matrix, "momentum_buffer") for matrix in stack.matrices]).to(dtype)
-        norms = frobenius_and_spectral_norm(momentum)
-        return torch.stack([weight_norm, change_norm, update_norm, error, weight_spectral, *norms])
+        update.masked_fill_((change_norm == 0)[:, None, None], 0)  # not stepped: not decayed either
+        update_norm = torch.linalg.vector_norm(update, dim=(-2, -1))
+        return torch.stack([weight_norm, change_norm, update_norm, orthogonality_error(update, owned=True)])
+
+    def _spectral_norms(self, weights: Tensor, matrices: list[_Matrix], read: "_WholeTensors") -> Tensor:
+        """(3, b): spectral norms of weights, and Frobenius and spectral norms of momenta."""
+        both = weights.new_empty(2, *weights.shape, dtype=state_dtype(weights))
+        both[0].copy_(weights)
+        read.into(both[1], matrices, "momentum_buffer")
+        frobenius, spectral = frobenius_and_spectral_norm(both.flatten(0, 1), owned=True)
+        return torch.stack([spectral[: len(weights)], frobenius[len(weights) :], spectral[len(weights) :]])
 
     def _add_sums(self, reading: Reading, groups: list[dict[str, Any]]) -> None:
         """Squared norms of each group, and its skips; collectives where there are DTensors, alike on all ranks."""
         for g, group in enumerate(groups):
-            by_mesh: dict[Any, list[int]] = defaultdict(list)
-            for i, p in enumerate(group["params"]):
-                by_mesh[(p.device_mesh, p.placements) if is_sharded(p) else p.device].append(i)
+            alike = _alike(group["params"])
             sums = []
-            for members in by_mesh.values():
-                first = group["params"][members[0]]
-                grads = [local_of(in_placements_of(p, p.grad)) for p in _at(group["params"], members) if _has_grad(p)]
+            for position, members in enumerate(alike):
+                params = _at(group["params"], members)
+                grads = [local_of(in_placements_of(p, p.grad)) for p in params if _has_grad(p)]
+                like = local_of(params[0])
+                local = [_sum_of_squares(grads, like)]
                 # the AdamW groups' weights and changes, 0 of matrix groups
-                pairs: list[list[Tensor]] = [[], []]
-                for i in members if group["role"] == "adamw" else ():
-                    old = self._adamw_before[g][i]
-                    new = _sampled_rows(local_of(group["params"][i].detach()), self._adamw_elements)
-                    pairs[0].append(old)
-                    pairs[1].append(new.to(state_dtype(old)) - old)
-                local = [_sum_of_squares(tensors, local_of(first)) for tensors in (grads, *pairs)]
-                sums.append(over_shards(torch.stack(local), first, "sum"))
+                if group["role"] == "adamw":
+                    old = self._adamw_before[g][position]
+                    change = _sampled_rows(params, self._adamw_elements).to(state_dtype(old)).sub_(old)
+                    local += [torch.linalg.vector_norm(x, dtype=_sum_dtype(like)).square() for x in (old, change)]
+                else:
+                    local += [torch.zeros_like(local[0])] * 2
+                sums.append(over_shards(torch.stack(local), params[0], "sum"))
             if not sums:  # a group without parameters
                 sums.append(torch.zeros(3))
             reading.numbers[f"sums_{g}"] = torch.stack([part.to(sums[0].device) for part in sums]).sum(0)
             if group["role"] == "matrix":
-                reading.numbers[f"skipped_{g}"] = self._skips(group, by_mesh)
+                reading.numbers[f"skipped_{g}"] = self._skips(group, alike)
         self._adamw_before = {}
 
-    def _skips(self, group: dict[str, Any], by_mesh: dict[Any, list[int]]) -> Tensor:
+    def _skips(self, group: dict[str, Any], alike: list[list[int]]) -> Tensor:
         """How many matrices of a group have been skipped so far, (1,)."""
         counts = []
-        for members in by_mesh.values():
+        for members in alike:
             params = _at(group["params"], members)
             skipped = [
                 self.optimizer.state[p]["skipped"] for p in params if "skipped" in self.optimizer.state.get(p, {})
@@ -324,12 +355,15 @@ class OptimizerDiagnostics:
 
     def _mark(self) -> Any:
         """Now: an event in the queue of the GPU, or seconds."""
-        device = next(local_of(p).device for group in self.optimizer.param_groups for p in group["params"])
+        device = self._device()
         if device.type == "cuda":
             event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
             event.record(torch.cuda.current_stream(device))
             return event
         return time.perf_counter() if device.type == "cpu" else None
+
+    def _device(self) -> torch.device:
+        return next(local_of(p).device for group in self.optimizer.param_groups for p in group["params"])
 
 
 class _WholeTensors:
@@ -337,37 +371,88 @@ class _WholeTensors:
 
     def __init__(self, groups: list[dict[str, Any]], state: Any = None) -> None:
         self.groups, self.state = groups, state
+        self._layouts = [MatrixLayout.from_group(group) if group["role"] == "matrix" else None for group in groups]
         self._last: tuple[Any, Tensor] | None = None
 
-    def matrix(self, matrix: _Matrix, what: str) -> Tensor:
-        """A view (fan_out, fan_in) of the parameter, "param", or of a tensor of its state; zeros if that has none."""
-        group = self.groups[matrix.group]
-        param = group["params"][matrix.index]
-        tensor = param.detach() if what == "param" else self.state.get(param, {}).get(what)
-        if tensor is None:
-            return torch.zeros(matrix.shape, dtype=state_dtype(param), device=param.device)
+    def into(self, stack: Tensor, matrices: list[_Matrix], what: str) -> Tensor:
+        """Fill a stack (b, *stored) from the parameters, "param", or from tensors of their state, 0 for none."""
+        found = [(matrix, self._tensor(matrix, what)) for matrix in matrices]
+        plain = [self._view(m, tensor) for m, tensor in found if tensor is not None and not _is_packed(tensor)]
+        if len(plain) == len(matrices):
+            return torch.stack(plain, out=stack)
+        for place, (matrix, tensor) in zip(stack, found, strict=True):
+            if tensor is None:
+                place.zero_()
+            else:
+                place.copy_(self._view(matrix, self._whole(matrix, tensor, what)))
+        return stack
+
+    def _tensor(self, matrix: _Matrix, what: str) -> Tensor | None:
+        param: Tensor = self.groups[matrix.group]["params"][matrix.index]
+        return param if what == "param" else self.state.get(param, {}).get(what)
+
+    def _view(self, matrix: _Matrix, tensor: Tensor) -> Tensor:
+        layout = self._layouts[matrix.group]
+        assert layout is not None
+        return matrix.view_in(tensor, layout)
+
+    def _whole(self, matrix: _Matrix, tensor: Tensor, what: str) -> Tensor:
+        """All elements as a plain floating tensor, kept for the next matrix of the same parameter."""
+        if not _is_packed(tensor):
+            return tensor
         key = (matrix.group, matrix.index, what)
-        if is_sharded(tensor) or tensor.dtype == torch.int8:
-            if self._last is None or self._last[0] != key:
-                self._last = None
-                self._last = (key, whole_of(tensor) if is_sharded(tensor) else in_float(self.state[param]))
-            tensor = self._last[1]
-        return matrix.view_in(tensor, MatrixLayout.from_group(group))
+        if self._last is None or self._last[0] != key:
+            self._last = None
+            param = self.groups[matrix.group]["params"][matrix.index]
+            self._last = (key, whole_of(tensor) if is_sharded(tensor) else in_float(self.state[param]))
+        return self._last[1]
 
 
-def _shapes(shape: tuple[int, ...], layout: MatrixLayout) -> list[tuple[int, int, tuple[int, int]]]:
-    """(part, element, (fan_out, fan_in)) of all matrices of a parameter."""
+def _is_packed(tensor: Tensor) -> bool:
+    """Whether its elements have to be gathered or converted, into a temporary tensor."""
+    return tensor.dtype == torch.int8 or is_sharded(tensor)
+
+
+def _modules_of(model: nn.Module) -> list[tuple[nn.Module, type]]:
+    """All modules and their classes, which FSDP2 and parametrizations exchange; equal as long as nothing is."""
+    return [(module, type(module)) for module in model.modules()]
+
+
+def _empty_stack(matrices: list[_Matrix], groups: list[dict[str, Any]]) -> Tensor:
+    like = groups[matrices[0].group]["params"][matrices[0].index]
+    return torch.empty(len(matrices), *matrices[0].stored, dtype=like.dtype, device=like.device)
+
+
+@lru_cache(maxsize=4096)
+def _places(shape: tuple[int, ...], layout: MatrixLayout) -> list[tuple[int, int, tuple[int, int]]]:
+    """(part, element, shape as stored) of all matrices of a parameter."""
     parts = split_parts(torch.empty(shape, device="meta"), layout)
-    stacks = [to_matrices(part, layout).shape for part in parts]
-    return [(i, element, (stack[1], stack[2])) for i, stack in enumerate(stacks) for element in range(stack[0])]
+    if layout.flatten:
+        parts = [part.flatten(1) for part in parts]
+    return [
+        (i, element, (part.size(-2), part.size(-1)))
+        for i, part in enumerate(parts)
+        for element in range(part.size(0) if part.ndim == 3 else 1)
+    ]
 
 
-def _sampled_rows(tensor: Tensor, elements: int) -> Tensor:
-    """A view of every so many rows of a tensor, at least one, of about ``elements`` elements."""
-    if tensor.ndim == 0 or tensor.numel() <= elements:
-        return tensor
-    rows = max(1, elements // (tensor.numel() // tensor.size(0)))
-    return tensor[:: -(-tensor.size(0) // rows)]
+def _alike(params: list[Tensor]) -> list[list[int]]:
+    """Positions of the parameters on each device, or of each mesh and placements."""
+    alike: dict[Any, list[int]] = defaultdict(list)
+    for i, p in enumerate(params):
+        alike[(p.device_mesh, p.placements) if is_sharded(p) else p.device].append(i)  # type: ignore[attr-defined]
+    return list(alike.values())
+
+
+def _sampled_rows(params: list[Tensor], elements: int) -> Tensor:
+    """A new flat tensor of every so many rows of each parameter, at least one, about ``elements`` elements of each."""
+    sampled = []
+    for tensor in map(local_of, params):
+        if tensor.ndim > 0 and tensor.numel() > elements:
+            rows = max(1, elements // (tensor.numel() // tensor.size(0)))
+            tensor = tensor[:: -(-tensor.size(0) // rows)]
+        sampled.append(tensor.reshape(-1))
+    return torch.cat(sampled)
 
 
 def _name_of(matrix: _Matrix, group: dict[str, Any]) -> str:
@@ -384,9 +469,14 @@ def _at(items: list[Any], positions: list[int]) -> list[Any]:
     return [items[i] for i in positions]
 
 
+def _sum_dtype(like: Tensor) -> torch.dtype:
+    """float64 where the device has it."""
+    return torch.float32 if like.device.type == "mps" else torch.float64
+
+
 def _sum_of_squares(tensors: list[Tensor], like: Tensor) -> Tensor:
-    """Over all elements of all tensors; () in float64 where the device has it."""
-    dtype = torch.float32 if like.device.type == "mps" else torch.float64
+    """Over all elements of all tensors; () in ``_sum_dtype``."""
+    dtype = _sum_dtype(like)
     tensors = [tensor for tensor in tensors if tensor.numel()]
     if not tensors:
         return torch.zeros((), dtype=dtype, device=like.device)
@@ -394,8 +484,7 @@ def _sum_of_squares(tensors: list[Tensor], like: Tensor) -> Tensor:
     for tensor in tensors:
         by_dtype[tensor.dtype].append(tensor)
     norms = [
-        norm.to(dtype)
+        torch.stack(torch._foreach_norm(same, 2, dtype=torch.promote_types(found, torch.float32))).to(dtype)
         for found, same in by_dtype.items()
-        for norm in torch._foreach_norm(same, 2, dtype=torch.promote_types(found, torch.float32))
     ]
-    return torch.stack(norms).square().sum()
+    return torch.cat(norms).square().sum()

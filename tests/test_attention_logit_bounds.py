@@ -6,7 +6,8 @@ from tiny_models import random_tokens, tiny_lora_model, tiny_model
 from torch import nn
 from transformers import AttentionInterface, MistralConfig, MistralForCausalLM
 
-from hf_matrix_optim.attention_logit_bounds import find_logit_bounds
+from hf_matrix_optim.attention_logit_bounds import LogitBound, find_logit_bounds, largest_logits
+from hf_matrix_optim.attention_projections import projections_of
 
 KNOWN = ["llama", "qwen2", "qwen3", "qwen2_moe", "qwen3_moe", "mixtral", "gpt2", "bert", "roberta", "esm"]
 logits: dict[int, torch.Tensor] = {}
@@ -86,6 +87,38 @@ def test_bound_is_its_formula(name):
     bound = found.of_heads().double()
     assert (bound >= exact * (1 - 1e-5)).all()
     assert (bound <= exact * 8 ** (2 / 512) * (1 + 1e-5)).all()
+
+
+@pytest.mark.parametrize("name", ["qwen2", "qwen3", "gpt2", "esm"])
+@pytest.mark.parametrize("max_bytes", [1, 2**13, 2**28])
+def test_largest_of_many_modules(name, max_bytes):
+    """Modules that are computed together, some at a time, or one by one; one of them of another form."""
+    layers = "n_layer" if name == "gpt2" else "num_hidden_layers"
+    model = large_and_uneven(tiny_model(name, **{layers: 5}))
+    found = find_logit_bounds(model)[0]
+    found[1].input_norm.bias = None  # of RMS norms none
+    expected = torch.stack([each.of_heads().max() for each in found])
+    assert len(set(expected.tolist())) == len(found) == 5
+    torch.testing.assert_close(largest_logits(found, max_bytes=max_bytes), expected)
+
+
+def test_rows_that_do_not_lie_together():
+    """GPT-NeoX has each head's query, key and value side by side; its norm is given here, not looked up."""
+    model = large_and_uneven(tiny_model("gpt_neox"))
+    layer = model.gpt_neox.layers[0]
+    found = projections_of("attention", layer.attention)
+    weight, bias = (p.detach() for p in layer.attention.query_key_value.parameters())
+    heads = found.heads
+    weights = weight.view(heads, 3, -1, 32)
+    biases = bias.view(heads, 3, -1)
+    separate = LogitBound(found, found.scaling, layer.input_layernorm).of_heads()
+    exact = []
+    for i in range(2):
+        offset = weights[:, i] @ layer.input_layernorm.bias.detach() + biases[:, i]
+        seen = weights[:, i] * layer.input_layernorm.weight.detach()
+        seen = seen - seen.mean(-1, keepdim=True)
+        exact.append(32**0.5 * torch.linalg.matrix_norm(seen, 2) + offset.norm(dim=-1))
+    torch.testing.assert_close(separate, found.scaling * exact[0] * exact[1], rtol=0.01, atol=0)
 
 
 def test_qk_norm_bounds_by_its_gains():

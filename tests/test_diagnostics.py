@@ -8,6 +8,7 @@ import torch
 from tiny_models import tiny_model
 from tiny_training import OPTIMIZER_NAMES, arguments, optimizer_of, state_tensors, token_rows
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Trainer, TrainerCallback
 
 import hf_matrix_optim
@@ -124,6 +125,22 @@ def test_values_equal_float64_on_the_side(name, model_name):
     assert_values(found, expected)
     assert found["diagnostics/skipped_matrices"] == 0
     assert "diagnostics/optimizer_time_share" not in found  # begin_step() was not called
+
+
+@pytest.mark.parametrize("stack_bytes", [1, 5 * 32 * 32 * 4, 2**30])
+def test_groups_that_share_a_stack_keep_their_rates(stack_bytes, monkeypatch):
+    """Matrices of one shape, measured one by one, some at a time over the groups' border, and all at once."""
+    monkeypatch.setattr("hf_matrix_optim.optimizer_diagnostics.CPU_STACK_BYTES", stack_bytes)
+    model = tiny_model("llama", num_hidden_layers=4)
+    named = dict(model.named_parameters())
+    groups = [
+        {"params": [p for name, p in named.items() if "q_proj" in name], "lr": 0.01, "weight_decay": 0.3},
+        {"params": [p for name, p in named.items() if "o_proj" in name], "lr": 0.05, "weight_decay": 0.0},
+        {"params": [p for name, p in named.items() if "q_proj" not in name and "o_proj" not in name], "role": "adamw"},
+    ]
+    found, expected = measured(model, hf_matrix_optim.Muon(groups, lr=1e-3))
+    assert {"relative_update/group_0", "relative_update/group_1"} <= expected.keys()
+    assert_values(found, expected)
 
 
 def test_values_with_momentum_in_int8():
@@ -463,10 +480,79 @@ def test_order_of_calls():
         diagnostics.values()
 
 
+class Operations(TorchDispatchMode):
+    """Counts what would be launched on a GPU, and views, which cost the host alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.launched = self.views = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        aliases = [returned.alias_info for returned in func._schema.returns]
+        if any(alias is not None and not alias.is_write for alias in aliases):
+            self.views += 1
+        else:
+            self.launched += 1
+        return func(*args, **(kwargs or {}))
+
+
+def operations_of_measuring(name: str, **configuration) -> Operations:
+    model = tiny_model(name, **configuration)
+    optimizer = create_optimizer("muon", model, lr=LR)
+    diagnostics = OptimizerDiagnostics(model, optimizer, per_layer=True)
+    for _ in range(2):  # what is kept after the first time is not counted
+        batch_loss(model).backward()
+        operations = Operations()
+        with operations:
+            diagnostics.before_step()
+        optimizer.step()
+        with operations:
+            diagnostics.after_step()
+        optimizer.zero_grad()
+    assert diagnostics.values()["diagnostics/attention_logit_bound_max"] > 0
+    return operations
+
+
+@pytest.mark.parametrize(("name", "layers"), [("gpt2", "n_layer"), ("qwen2", "num_hidden_layers")])
+def test_layers_add_views_and_no_launches(name, layers):
+    """On a GPU measuring small matrices is as slow as its launches are many."""
+    few, many = (operations_of_measuring(name, **{layers: count}) for count in (6, 12))
+    assert many.launched - few.launched <= 6
+    assert many.views - few.views <= 6 * 40
+
+
+def test_modules_that_were_exchanged_are_looked_up_anew():
+    """As when an adapter is put around a projection between two measured steps."""
+    model = tiny_model("llama")
+    optimizer = create_optimizer("muon", model, lr=LR)
+    diagnostics = OptimizerDiagnostics(model, optimizer, per_layer=True)
+
+    def bounds() -> dict[str, float]:
+        diagnostics.before_step()
+        optimizer.step()
+        diagnostics.after_step()
+        prefix = "diagnostics/attention_logit_bound/model.layers."
+        return {key.removeprefix(prefix): v for key, v in diagnostics.values().items() if key.startswith(prefix)}
+
+    first = bounds()
+    assert first.keys() == {"0.self_attn", "1.self_attn"}
+    attention = model.model.layers[1].self_attn
+    larger = nn.Linear(32, 32, bias=False)
+    larger.weight = nn.Parameter(attention.q_proj.weight.detach() * 3)
+    attention.q_proj = larger
+    second = bounds()
+    assert second["0.self_attn"] == first["0.self_attn"]
+    assert second["1.self_attn"] == pytest.approx(3 * first["1.self_attn"])
+    attention.k_proj = nn.Sequential(attention.k_proj)
+    attention.k_proj.out_features = 16
+    assert bounds().keys() == {"0.self_attn"}
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-def test_measuring_waits_for_no_gpu():
-    model = tiny_model("llama").cuda()
+@pytest.mark.parametrize("name", ["llama", "gpt2", "qwen3"])
+def test_measuring_waits_for_no_gpu(name):
+    model = tiny_model(name).cuda()
     optimizer = create_optimizer("muon", model, lr=LR)
     diagnostics = OptimizerDiagnostics(model, optimizer, per_layer=True)
     tokens = torch.stack([row["input_ids"] for row in token_rows(4)]).cuda()
