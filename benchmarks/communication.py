@@ -40,9 +40,9 @@ from optimizer_step import load_config, meta_groups, qwen2_5
 from step_floor import step_bytes, step_flops
 from transformers import LlamaConfig, PretrainedConfig
 
-from hf_matrix_optim.distributed_step import KERNEL_BYTES
+from hf_matrix_optim.distributed_step import most_elements
 from hf_matrix_optim.matrix_layout import MatrixLayout
-from hf_matrix_optim.sharding.plan import ROUND_ELEMENTS, MatrixJob, Round, rounds_of
+from hf_matrix_optim.sharding.plan import MatrixJob, Round, rounds_of
 from hf_matrix_optim.sharding.shard_layout import Ranks, ShardLayout, pieces_of
 
 RULES = ("muon", "adamuon", "mud")
@@ -295,7 +295,7 @@ class Plan:
 
 def plan_of(groups: Groups, shards: int, replicas: int) -> Plan:
     """The package's plan on GPUs for matrices that are cut along their first axis (``shards`` > 1)."""
-    most = max(1, min(ROUND_ELEMENTS, WORKSPACE_BYTES // (KERNEL_BYTES * replicas)))
+    most = most_elements(WORKSPACE_BYTES, replicas, by_kernels=True)
     rounds: list[Round] = []
     elements = 0
     for group in groups:

@@ -8,7 +8,7 @@ time, so that messages travel while matrices are mapped. On CPUs the result is b
 import functools
 import logging
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,8 +39,11 @@ from hf_matrix_optim.stacks import Matrices
 
 logger = logging.getLogger("transformers.hf_matrix_optim")
 
-#: Bytes that the rounds under way need for each element of an owner's share.
-PLAIN_BYTES, KERNEL_BYTES = 64, 28
+
+def most_elements(max_workspace_bytes: int, replicas: int, *, by_kernels: bool) -> int:
+    """Elements that an owner may have in a round, so that the tensors of the rounds under way stay within a bound."""
+    element_bytes = 20 + 8 * replicas if by_kernels else 64 * replicas
+    return max(1, min(ROUND_ELEMENTS, max_workspace_bytes // element_bytes))
 
 
 @dataclass
@@ -102,9 +105,8 @@ class DistributedGroup:
                 MatrixJob(member.index, i, piece.fans, piece.axis, piece.extents, dtypes)
                 for i, piece in enumerate(pieces_of(layout, shards))
             ]
-        element_bytes = KERNEL_BYTES if by_kernels else PLAIN_BYTES
         for key, (cut, copies) in groups.items():
-            most = max(1, min(ROUND_ELEMENTS, max_workspace_bytes // (element_bytes * copies.size)))
+            most = most_elements(max_workspace_bytes, copies.size, by_kernels=by_kernels)
             for plan in rounds_of(jobs[key], cut.size, copies.size, most):
                 takes = by_kernels and can_take(plan.jobs[0], layout)
                 exchange = Exchange(plan, cut, copies, is_transposed=takes and layout.output_axis == 1)
@@ -132,17 +134,29 @@ class DistributedGroup:
             scale: factor from direction to update by (fan_out, fan_in).
             root: see ``Rule.adapt``, by number of the step.
         """
-        pieces = {i: self._pieces(i, entry) for i, entry in entries.items()}
-        rounds: list[RoundStep] = []
+        run_rounds(self._rounds(rule, kernel_rule, group, entries, steps, scale, root))
+
+    def _rounds(
+        self,
+        rule: Rule,
+        kernel_rule: KernelRule,
+        group: Group,
+        entries: dict[int, Matrices],
+        steps: dict[int, float],
+        scale: Callable[[int, int], float],
+        root: Callable[[float], float],
+    ) -> Iterator[RoundStep]:
+        """The rounds of a step, each made when it is asked for; arguments as in ``step``."""
+        pieces_of_entry = functools.cache(lambda i: self._pieces(i, entries[i]))
         for planned in self.rounds:
             jobs = planned.exchange.plan.jobs
-            present = [k for k, job in enumerate(jobs) if job.parameter in pieces]
+            present = [k for k, job in enumerate(jobs) if job.parameter in entries]
             first = self.members[jobs[0].parameter].param
             task = RoundTask(
                 group,
                 self.layout,
                 planned.exchange,
-                [pieces[jobs[k].parameter][jobs[k].piece] for k in present],
+                [pieces_of_entry(jobs[k].parameter)[jobs[k].piece] for k in present],
                 present,
                 [root(steps[jobs[k].parameter]) for k in present],
                 scale,
@@ -151,10 +165,9 @@ class DistributedGroup:
             )
             if planned.by_kernels:
                 scalars = functools.partial(self._scalars_on, first.device, group["lr"])
-                rounds.append(KernelRound(task, kernel_rule, planned.stacks, scalars))
+                yield KernelRound(task, kernel_rule, planned.stacks, scalars)
             else:
-                rounds.append(PlainRound(task, rule))
-        run_rounds(rounds)
+                yield PlainRound(task, rule)
 
     def _scalars_on(self, device: torch.device, lr: float | Tensor, corrections: list[float]) -> Tensor:
         """(2,), or (1 + b,) where corrections differ: see ``stack_step.apply_direction``; nothing waits for it."""
@@ -306,7 +319,7 @@ def plan_group(
         shards = layout_of(p)
         if shards is None or (not shards.has_whole_matrices(layout) and not pieces_of(layout, shards)):
             gathered.append(f"{names[i]} with placements {getattr(p, 'placements', ())}")
-        elif not shards.has_whole_matrices(layout) and shards.shards.size * shards.replicas.size > 1:
+        elif not shards.has_whole_matrices(layout) and not shards.is_on_one_rank:
             members.append(Member(i, p, shards))
     if gathered:
         warn_once(

@@ -30,7 +30,7 @@ from hf_matrix_optim.kernels.stack_plan import why_not
 from hf_matrix_optim.kernels.stack_step import KernelRule
 from hf_matrix_optim.matrix_layout import MatrixLayout, to_matrices
 from hf_matrix_optim.plain_step import state_dtype, step_stack
-from hf_matrix_optim.sharding.full_tensor import local_or_whole, write_shard
+from hf_matrix_optim.sharding.full_tensor import Written, local_or_whole, write_shard
 from hf_matrix_optim.sharding.shard_layout import is_sharded
 from hf_matrix_optim.stacks import Matrices, MatrixLists, chunks
 from hf_matrix_optim.update_scale import update_scale
@@ -161,14 +161,17 @@ class MatrixOptimizer(Optimizer):
             if shared is not None and i in shared.members:
                 continue
             entry = lists.entry(k)
-            if is_sharded(entry.param):  # one at a time, for gathered ones take memory
+            written: Written = []
+            if is_sharded(entry.param):
                 entry, written = local_or_whole(entry, layout)
-                if entry.param.numel():
-                    self._step_lists(MatrixLists.of([entry]), layout, group, step)
-                for destination, source in written:
-                    write_shard(destination, source)
-            else:
+            if not entry.param.numel():  # no rows or experts here, but the others gather it
+                pass
+            elif not written:
                 together[step, entry.param.device].append(entry)
+            else:  # one at a time, for gathered ones take memory
+                self._step_lists(MatrixLists.of([entry]), layout, group, step)
+            for destination, source in written:
+                write_shard(destination, source)
         for (step, _), entries in together.items():
             self._step_lists(MatrixLists.of(entries), layout, group, step)
 

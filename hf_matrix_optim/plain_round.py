@@ -55,6 +55,7 @@ class PlainRound(RoundStep):
 
     def finish(self) -> None:
         direction, device = self.exchange.directions(self.shared), self.task.device
+        del self.shared
         if not self.task.stack:
             if self.rule.has_second_moment:
                 self.over_shards(torch.empty(0, 1, 1, dtype=torch.float64, device=device))

@@ -49,6 +49,8 @@ class KernelRound(RoundStep):
         transposed = task.layout.output_axis == 1
         self.sides = Sides(rows, columns, rows > columns or (rows == columns and transposed))
         self.top = top_of(self.sides, rule)
+        is_sent = self.exchange.axis is not None and self.exchange.shards.size > 1
+        self.wire = torch.int8 if rule.takes_sign and is_sent else torch.float16
 
     def begin(self) -> None:
         shape = self.exchange.shard_shape(0, self.exchange.shards.place)
@@ -72,13 +74,10 @@ class KernelRound(RoundStep):
         else:
             shape = self.exchange.shard_shape(0, self.exchange.shards.place)
             x = torch.empty(shape, dtype=torch.float16, device=self.task.device)
-        if self.rule.takes_sign:
-            x = x.to(torch.int8)
-        self.gathered = self.exchange.gather(self.of_all(x, 0))
+        self.gathered = self.exchange.gather(self.of_all(x.to(self.wire), 0))
 
     def map(self) -> None:
-        wire = torch.int8 if self.rule.takes_sign else torch.float16
-        x = self.exchange.assemble(self.gathered, wire).to(torch.float16)
+        x = self.exchange.assemble(self.gathered, self.wire).to(torch.float16)
         del self.gathered
         if self.exchange.count:
             x, factors = map_half(x.contiguous(), self.sides, self.rule)
@@ -94,6 +93,7 @@ class KernelRound(RoundStep):
 
     def finish(self) -> None:
         direction = self.of_present(self.exchange.directions(self.shared))
+        del self.shared
         if not self.task.stack:
             if self.rule.beta2 is not None:
                 self.over_shards(torch.empty(0, 1, 1, dtype=torch.float64, device=self.task.device))

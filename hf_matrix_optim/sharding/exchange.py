@@ -67,7 +67,8 @@ class Exchange:
         """Send this rank's shards, (matrices, a, b), to the owners; gives bytes for ``assemble``."""
         sent = stack[self.of_replica]
         if self.axis is None or self.shards.size == 1:
-            return Pending(sent[self.owned.start - self.of_replica.start :][: self.count])
+            own = sent[self.owned.start - self.of_replica.start :][: self.count]
+            return Pending(own if self.count == len(stack) else own.clone())  # what others map is let go
         outgoing = [_bytes_of(self.shard_shape(count, self.shards.place), stack) for count in self.counts]
         incoming = [_bytes_of(self.shard_shape(self.count, place), stack) for place in range(self.shards.size)]
         return self._all_to_all(sent, outgoing, incoming)
@@ -100,8 +101,10 @@ class Exchange:
         if self.replicas.size == 1:
             return Pending(own)
         most = max(map(sum, self.plan.counts))
-        sent = own.new_zeros(self.shard_shape(most, self.shards.place))
-        sent[: own.size(0)] = own
+        sent = own.contiguous()
+        if own.size(0) < most:
+            sent = own.new_zeros(self.shard_shape(most, self.shards.place))
+            sent[: own.size(0)] = own
         received = sent.new_empty(self.replicas.size, *sent.shape)
         work = all_gather(
             received.view(-1).view(torch.uint8), sent.view(-1).view(torch.uint8), self.replicas.group, async_op=True
@@ -113,7 +116,10 @@ class Exchange:
         arrived = pending.wait()
         if self.replicas.size == 1:
             return arrived
-        return torch.cat([of[: sum(counts)] for of, counts in zip(arrived, self.plan.counts, strict=True)])
+        mapped = [sum(counts) for counts in self.plan.counts]
+        if min(mapped) == max(mapped):  # nothing is padding
+            return arrived.flatten(0, 1)
+        return torch.cat([of[:count] for of, count in zip(arrived, mapped, strict=True)])
 
     def smallest(self, tensor: Tensor) -> Pending:
         """Elementwise smallest over the ranks that hold the shards."""

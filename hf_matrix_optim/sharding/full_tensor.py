@@ -14,10 +14,12 @@ Written = list[tuple[Tensor, Tensor]]
 def local_or_whole(entry: Matrices, layout: MatrixLayout) -> tuple[Matrices, Written]:
     """Plain tensors to step in place of DTensors, and what is to be written back with ``write_shard``.
 
-    Experts that are cut between matrices are stepped where they are. Any other parameter is gathered, a collective in
-    its mesh, and each rank keeps its shard of the result.
+    Experts that are cut between matrices are stepped where they are, and so is what a single rank has. Any other
+    parameter is gathered, a collective in its mesh, and each rank keeps its shard of the result.
     """
     shards = layout_of(entry.param)
+    if shards is not None and shards.is_on_one_rank:
+        return _local(entry, entry.skipped, entry.lookahead_scale), []
     if shards is None or not shards.has_whole_matrices(layout):
         whole = replace(
             entry,
@@ -35,20 +37,25 @@ def local_or_whole(entry: Matrices, layout: MatrixLayout) -> tuple[Matrices, Wri
     # (parts * matrices,), of which this rank has some of each part
     skipped = entry.skipped.view(parts, -1)[:, start : start + count]
     scale = None if entry.lookahead_scale is None else entry.lookahead_scale.view(parts, -1)[:, start : start + count]
-    local = Matrices(
-        local_of(entry.param),
-        local_of(in_placements_of(entry.param, entry.grad)),
-        local_of(entry.momentum),
-        None if entry.second_moment is None else local_of(entry.second_moment),
-        skipped.flatten(),
-        None if scale is None else scale.flatten(),
-    )
+    local = _local(entry, skipped.flatten(), None if scale is None else scale.flatten())
     written = []
     if parts > 1:  # else the flattened ones share their memory
         written.append((skipped, local.skipped.view(parts, -1)))
     if parts > 1 and scale is not None and local.lookahead_scale is not None:
         written.append((scale, local.lookahead_scale.view(parts, -1)))
     return local, written
+
+
+def _local(entry: Matrices, skipped: Tensor, lookahead_scale: Tensor | None) -> Matrices:
+    """This rank's elements, which share the memory of the DTensors."""
+    return Matrices(
+        local_of(entry.param),
+        local_of(in_placements_of(entry.param, entry.grad)),
+        local_of(entry.momentum),
+        None if entry.second_moment is None else local_of(entry.second_moment),
+        skipped,
+        lookahead_scale,
+    )
 
 
 def _whole(tensor: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """One round of one step: the stages that every rank takes its matrices through; how is up to a subclass."""
 
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -87,9 +88,17 @@ class RoundStep:
 STAGES = (RoundStep.begin, RoundStep.send, RoundStep.map, RoundStep.share, RoundStep.finish)
 
 
-def run_rounds(rounds: list[RoundStep]) -> None:
-    """Take rounds through their stages, each one behind the one before, so that messages travel meanwhile."""
-    for tick in range(len(rounds) + len(STAGES) - 1):
-        for late, stage in enumerate(STAGES):
-            if 0 <= tick - late < len(rounds):
-                getattr(rounds[tick - late], stage.__name__)()
+def run_rounds(rounds: Iterable[RoundStep]) -> None:
+    """Take rounds through their stages, each one behind the one before, so that messages travel meanwhile.
+
+    A round is made when its turn comes, while the GPU works on those before it, and let go when it is done.
+    """
+    coming = iter(rounds)
+    at_stage: deque[RoundStep | None] = deque([None] * len(STAGES), maxlen=len(STAGES))
+    while True:
+        at_stage.appendleft(next(coming, None))
+        if all(each is None for each in at_stage):
+            return
+        for stage, each in zip(STAGES, at_stage, strict=True):
+            if each is not None:
+                getattr(each, stage.__name__)()

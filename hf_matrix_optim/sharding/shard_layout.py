@@ -49,6 +49,11 @@ class ShardLayout:
         step = -(-length // size)
         return tuple(max(0, min(step, length - step * i)) for i in range(size))
 
+    @property
+    def is_on_one_rank(self) -> bool:
+        """Whether a single rank has all of it, and no other a copy."""
+        return self.shards.size * self.replicas.size == 1
+
     def has_whole_matrices(self, layout: MatrixLayout) -> bool:
         """Whether a stack (matrices, rows, columns) is cut between matrices, as experts are."""
         return self.axis == 0 and len(self.shape) == 3 and not layout.flatten
