@@ -9,7 +9,6 @@ import math
 import time
 from collections import defaultdict
 from dataclasses import dataclass
-from functools import lru_cache
 from itertools import groupby
 from typing import Any
 
@@ -18,13 +17,12 @@ from torch import Tensor, nn
 
 from hf_matrix_optim.attention_logit_bounds import find_logit_bounds, largest_logits
 from hf_matrix_optim.diagnostics_summary import MeasuredMatrix, Reading, summarize
-from hf_matrix_optim.int8_momentum import in_float
-from hf_matrix_optim.matrix_layout import MatrixLayout, split_parts
 from hf_matrix_optim.matrix_optimizer import CPU_STACK_BYTES, MatrixOptimizer
 from hf_matrix_optim.plain_step import state_dtype
 from hf_matrix_optim.sharding.full_tensor import over_shards, whole_of
 from hf_matrix_optim.sharding.shard_layout import in_placements_of, is_sharded, local_of
 from hf_matrix_optim.spectral_norm import frobenius_and_spectral_norm, orthogonality_error
+from hf_matrix_optim.stored_matrices import StoredMatrix, WholeTensors, empty_stack, stored_matrices
 
 # A child of transformers' own logger, so that --log_level and set_verbosity_info() reach it.
 logger = logging.getLogger("transformers.hf_matrix_optim")
@@ -38,32 +36,11 @@ SNAPSHOT_PART, UPDATE_PART, SPECTRAL_PART, ATTENTION_PART = 2, 8, 2, 4
 GOLDEN_RATIO = (5**0.5 - 1) / 2
 
 
-@dataclass(frozen=True)
-class _Matrix:
-    """One matrix of a parameter: its group, its parameter there, its part and its place in a stack of matrices.
-
-    It is read as it is stored, (fan_in, fan_out) with ``output_axis=1``: a transpose measures the same.
-    """
-
-    group: int
-    index: int
-    part: int
-    element: int
-    stored: tuple[int, int]
-
-    def view_in(self, tensor: Tensor, layout: MatrixLayout) -> Tensor:
-        """The matrix in its whole parameter, or in a tensor of that shape; of shape ``stored``."""
-        part = split_parts(tensor, layout)[self.part]
-        if layout.flatten:
-            part = part.flatten(1)
-        return part[self.element] if part.ndim == 3 else part
-
-
 @dataclass
 class _Stack:
     """Matrices of one shape, dtype and device, in the order of groups, and their weights before the step."""
 
-    matrices: list[_Matrix]
+    matrices: list[StoredMatrix]
     weights: Tensor  # (b, *stored)
 
 
@@ -159,16 +136,14 @@ class OptimizerDiagnostics:
             for rate in rates
         ]
         self._budget = min(int(group["max_workspace_bytes"]) for group in groups)
-        read = _WholeTensors(groups)
+        read = WholeTensors(groups)
         self._before = [
-            _Stack(matrices, read.into(_empty_stack(matrices, groups), matrices, "param"))
+            _Stack(matrices, read.into(empty_stack(matrices, groups), matrices, "param"))
             for matrices in self._matrices_to_measure()
         ]
         adamw = {i: group for i, group in enumerate(groups) if group["role"] == "adamw"}
         count = max(1, sum(len(group["params"]) for group in adamw.values()))
-        elements = min(
-            ADAMW_ELEMENTS, self._budget // (16 * count)
-        )  # of up to 8 bytes, for an eighth of the workspace
+        elements = min(ADAMW_ELEMENTS, self._budget // (16 * count))  # of up to 8 bytes: an eighth of the workspace
         self._adamw_before = {
             i: [_sampled_rows(_at(group["params"], members), elements) for members in _alike(group["params"])]
             for i, group in adamw.items()
@@ -194,7 +169,7 @@ class OptimizerDiagnostics:
         reading = Reading(
             matrices=[
                 MeasuredMatrix(
-                    name=_name_of(matrix, groups[matrix.group]),
+                    name=matrix.name(groups[matrix.group]),
                     group=matrix.group,
                     shape=matrix.stored,
                     has_gradient=_has_grad(groups[matrix.group]["params"][matrix.index]),
@@ -207,7 +182,7 @@ class OptimizerDiagnostics:
             marks=self._marks,
         )
         self._marks = {}
-        read = _WholeTensors(groups, self.optimizer.state)
+        read = WholeTensors(groups, self.optimizer.state)
         measured = []
         while self._before:
             measured.append(self._measured(self._before.pop(0), read))
@@ -235,15 +210,10 @@ class OptimizerDiagnostics:
 
     # ---- what is measured ----
 
-    def _matrices_to_measure(self) -> list[list[_Matrix]]:
+    def _matrices_to_measure(self) -> list[list[StoredMatrix]]:
         """The matrices to measure, those alike together, in the order of groups and parameters."""
         groups = self.optimizer.param_groups
-        matrices = []
-        for g, group in enumerate(groups):
-            if group["role"] == "matrix":
-                layout = MatrixLayout.from_group(group)
-                for i, p in enumerate(group["params"]):
-                    matrices += [_Matrix(g, i, *place) for place in _places(tuple(p.shape), layout)]
+        matrices = stored_matrices(groups)
         params = [groups[matrix.group]["params"][matrix.index] for matrix in matrices]
         chosen: list[int] = []
         filled = 0
@@ -262,7 +232,7 @@ class OptimizerDiagnostics:
                 self._budget,
             )
             self._told_sample = True
-        alike: dict[tuple[Any, ...], list[_Matrix]] = defaultdict(list)
+        alike: dict[tuple[Any, ...], list[StoredMatrix]] = defaultdict(list)
         for position in sorted(chosen):
             key = matrices[position].stored, params[position].dtype, params[position].device
             alike[key].append(matrices[position])
@@ -272,7 +242,7 @@ class OptimizerDiagnostics:
         """Bytes of a stack that takes one part of so many of the workspace."""
         return min(self._budget // part, CPU_STACK_BYTES) if device.type == "cpu" else self._budget // part
 
-    def _measured(self, stack: _Stack, read: "_WholeTensors") -> Tensor:
+    def _measured(self, stack: _Stack, read: WholeTensors) -> Tensor:
         """(MEASURED, b) numbers of the matrices of a stack, whose copies are let go."""
         weights = stack.weights
         matrix_bytes = math.prod(weights.shape[1:]) * state_dtype(weights).itemsize
@@ -287,7 +257,7 @@ class OptimizerDiagnostics:
             numbers.append(torch.cat(found, dim=1))
         return torch.cat(numbers)
 
-    def _changes(self, weights: Tensor, matrices: list[_Matrix], read: "_WholeTensors") -> Tensor:
+    def _changes(self, weights: Tensor, matrices: list[StoredMatrix], read: WholeTensors) -> Tensor:
         """(4, b): norms of weights, changes and updates, and the updates' errors; ``weights`` become the new ones."""
         dtype = state_dtype(weights)
         after = read.into(torch.empty_like(weights), matrices, "param")
@@ -306,7 +276,7 @@ class OptimizerDiagnostics:
         update_norm = torch.linalg.vector_norm(update, dim=(-2, -1))
         return torch.stack([weight_norm, change_norm, update_norm, orthogonality_error(update, owned=True)])
 
-    def _spectral_norms(self, weights: Tensor, matrices: list[_Matrix], read: "_WholeTensors") -> Tensor:
+    def _spectral_norms(self, weights: Tensor, matrices: list[StoredMatrix], read: WholeTensors) -> Tensor:
         """(3, b): spectral norms of weights, and Frobenius and spectral norms of momenta."""
         both = weights.new_empty(2, *weights.shape, dtype=state_dtype(weights))
         both[0].copy_(weights)
@@ -366,74 +336,9 @@ class OptimizerDiagnostics:
         return next(local_of(p).device for group in self.optimizer.param_groups for p in group["params"])
 
 
-class _WholeTensors:
-    """Reads matrices out of parameters and their state: DTensors whole, int8 momenta in float32."""
-
-    def __init__(self, groups: list[dict[str, Any]], state: Any = None) -> None:
-        self.groups, self.state = groups, state
-        self._layouts = [MatrixLayout.from_group(group) if group["role"] == "matrix" else None for group in groups]
-        self._last: tuple[Any, Tensor] | None = None
-
-    def into(self, stack: Tensor, matrices: list[_Matrix], what: str) -> Tensor:
-        """Fill a stack (b, *stored) from the parameters, "param", or from tensors of their state, 0 for none."""
-        found = [(matrix, self._tensor(matrix, what)) for matrix in matrices]
-        plain = [self._view(m, tensor) for m, tensor in found if tensor is not None and not _is_packed(tensor)]
-        if len(plain) == len(matrices):
-            return torch.stack(plain, out=stack)
-        for place, (matrix, tensor) in zip(stack, found, strict=True):
-            if tensor is None:
-                place.zero_()
-            else:
-                place.copy_(self._view(matrix, self._whole(matrix, tensor, what)))
-        return stack
-
-    def _tensor(self, matrix: _Matrix, what: str) -> Tensor | None:
-        param: Tensor = self.groups[matrix.group]["params"][matrix.index]
-        return param if what == "param" else self.state.get(param, {}).get(what)
-
-    def _view(self, matrix: _Matrix, tensor: Tensor) -> Tensor:
-        layout = self._layouts[matrix.group]
-        assert layout is not None
-        return matrix.view_in(tensor, layout)
-
-    def _whole(self, matrix: _Matrix, tensor: Tensor, what: str) -> Tensor:
-        """All elements as a plain floating tensor, kept for the next matrix of the same parameter."""
-        if not _is_packed(tensor):
-            return tensor
-        key = (matrix.group, matrix.index, what)
-        if self._last is None or self._last[0] != key:
-            self._last = None
-            param = self.groups[matrix.group]["params"][matrix.index]
-            self._last = (key, whole_of(tensor) if is_sharded(tensor) else in_float(self.state[param]))
-        return self._last[1]
-
-
-def _is_packed(tensor: Tensor) -> bool:
-    """Whether its elements have to be gathered or converted, into a temporary tensor."""
-    return tensor.dtype == torch.int8 or is_sharded(tensor)
-
-
 def _modules_of(model: nn.Module) -> list[tuple[nn.Module, type]]:
     """All modules and their classes, which FSDP2 and parametrizations exchange; equal as long as nothing is."""
     return [(module, type(module)) for module in model.modules()]
-
-
-def _empty_stack(matrices: list[_Matrix], groups: list[dict[str, Any]]) -> Tensor:
-    like = groups[matrices[0].group]["params"][matrices[0].index]
-    return torch.empty(len(matrices), *matrices[0].stored, dtype=like.dtype, device=like.device)
-
-
-@lru_cache(maxsize=4096)
-def _places(shape: tuple[int, ...], layout: MatrixLayout) -> list[tuple[int, int, tuple[int, int]]]:
-    """(part, element, shape as stored) of all matrices of a parameter."""
-    parts = split_parts(torch.empty(shape, device="meta"), layout)
-    if layout.flatten:
-        parts = [part.flatten(1) for part in parts]
-    return [
-        (i, element, (part.size(-2), part.size(-1)))
-        for i, part in enumerate(parts)
-        for element in range(part.size(0) if part.ndim == 3 else 1)
-    ]
 
 
 def _alike(params: list[Tensor]) -> list[list[int]]:
@@ -453,12 +358,6 @@ def _sampled_rows(params: list[Tensor], elements: int) -> Tensor:
             tensor = tensor[:: -(-tensor.size(0) // rows)]
         sampled.append(tensor.reshape(-1))
     return torch.cat(sampled)
-
-
-def _name_of(matrix: _Matrix, group: dict[str, Any]) -> str:
-    names = group.get("param_names")
-    name = names[matrix.index] if names else f"group_{matrix.group}.param_{matrix.index}"
-    return f"{name}.part_{matrix.part}" if group.get("split_sizes") else str(name)
 
 
 def _has_grad(p: Tensor) -> bool:

@@ -56,7 +56,7 @@ LAYERS = {
         "distributed_step",
         "matrix_optimizer",
     },
-    "diagnostics": {"optimizer_diagnostics", "diagnostics_summary"},
+    "diagnostics": {"stored_matrices", "optimizer_diagnostics", "diagnostics_summary"},
     "rules": {"muon", "adamuon", "mud"},
     "hook": {
         "options",
