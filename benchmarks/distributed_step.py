@@ -10,14 +10,15 @@ others over the time of the slowest rank.
 The step alone: every rank makes the same hidden matrices (float32) and gradients; DDP is a DistributedDataParallel
 module around them, FSDP2 DTensors cut along their first axis. Each contender steps twice and is compared with one
 process, matrix by matrix (relative error of the update; the tolerance is beside it); then it is warmed up and timed.
-All ranks begin a step together, and the slowest one's time counts. "extra" is the peak of the memory beside weights,
-gradients and state, as torch's allocator counts it, so without NCCL's own. "sent" is what this package's exchange
-sends to other ranks, on average. The estimate is, of the same run, elementwise bytes at copy speed + (one process's
-step less its elementwise part) x the largest owner's share + each message at the links' speed, without any overlap:
-"of estimate" above 100 % is overlap. One process's step is that of DDP where every rank does all. Ratios are to fused
-AdamW on the same engine.
+All ranks begin a step together, and the slowest one's time counts; "host" is until ``step()`` returns, which bounds a
+step where it is close to the median. "extra" is the peak of the memory beside weights, gradients and state, as torch's
+allocator counts it, so without NCCL's own. "sent" is what this package's exchange sends to other ranks, on average.
+The estimate is, of the same run, elementwise bytes at copy speed + (one process's step less its elementwise part) x
+the largest owner's share + each message at the links' speed, without any overlap: "of estimate" above 100 % is
+overlap. One process's step is that of DDP where every rank does all. Ratios are to fused AdamW on the same engine.
 
---trainer: Trainer's tokens per second a GPU, random tokens, bfloat16 over float32 weights.
+--trainer: Trainer's tokens per second a GPU, random tokens, bfloat16 over float32 weights. Its default
+``logging_nan_inf_filter`` waits for the GPU before each optimizer step; ``--no-nan_filter`` switches it off.
 
 NVLink multicast is switched off (NCCL_NVLS_ENABLE=0). Rank 0 reports progress and prints the tables; the file of
 --json is written after every run and holds ``settings``, ``links``, ``steps`` (for each model ``runs``: milliseconds
@@ -195,12 +196,15 @@ def measure_one(
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
-    milliseconds = []
+    milliseconds, host_milliseconds = [], []
     for _ in range(args.steps):
         dist.barrier()
-        milliseconds.append(timed(optimizer.step, device)[0])
+        whole, host = timed(optimizer.step, device)
+        milliseconds.append(whole)
+        host_milliseconds.append(host)
     return {
         "milliseconds": milliseconds,
+        "host_milliseconds": host_milliseconds,
         "error": error,
         "messages": [vars(message) for message in messages],
         "state_bytes": held_state_bytes(optimizer, held.params),
@@ -215,6 +219,7 @@ def merged(every: list[dict[str, Any]], contender: DistributedContender, ranks: 
     return {
         "milliseconds": [max(step) for step in zip(*(each["milliseconds"] for each in every), strict=True)],
         "rank_milliseconds": [each["milliseconds"] for each in every],
+        "host_milliseconds": [max(step) for step in zip(*(each["host_milliseconds"] for each in every), strict=True)],
         "max_relative_error": error if error < float("inf") else None,
         "tolerance": contender.tolerance(ranks.device),
         "is_right": error <= contender.tolerance(ranks.device),
@@ -262,9 +267,9 @@ def step_table(result: dict[str, Any], settings: dict[str, Any]) -> str:
         f"{settings['versions']['torch']}, {settings['date']}; {settings['steps']} steps; copy "
         f"{rounded(result['peaks']['copy_bytes_per_second'] / 1e9)} GB/s",
         "",
-        "| ranks hold | optimizer | median ms | quartiles ms | x AdamW | estimate ms | of estimate | sent MB "
-        "| extra MiB | state MiB | error (tolerance) |",
-        "|---|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
+        "| ranks hold | optimizer | median ms | quartiles ms | host ms | x AdamW | estimate ms | of estimate "
+        "| sent MB | extra MiB | state MiB | error (tolerance) |",
+        "|---|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for run in done:
         median = statistics.median(run["milliseconds"])
@@ -277,6 +282,7 @@ def step_table(result: dict[str, Any], settings: dict[str, Any]) -> str:
             run["rule"],
             f"{median:.2f}",
             f"{low:.2f} - {high:.2f}",
+            f"{statistics.median(run['host_milliseconds']):.2f}",
             f"{median / adamw:.2f}" if adamw else "",
             f"{estimate:.2f}" if estimate else "",
             f"{estimate / median:.0%}" if estimate else "",
@@ -386,6 +392,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--context", type=int, default=2048, help="tokens of a sequence. Default: %(default)s")
     add("--window_steps", type=int, default=5, help="Trainer's steps of a timed window. Default: %(default)s")
     add("--windows", type=int, default=3, help="timed windows of Trainer. Default: %(default)s")
+    add("--nan_filter", action=on_off, default=True, help="Trainer's logging_nan_inf_filter. Default: on, as Trainer's")
     add("--timeout", type=float, default=300.0, help="seconds that a rank waits for the others. Default: 300")
     add("--json", type=Path, help="write all times (milliseconds) and bytes to this file")
     args = parser.parse_args(argv)

@@ -34,7 +34,7 @@ def loop_settings(args: argparse.Namespace) -> argparse.Namespace:
         device=args.device,
         dtype="bfloat16",
         compile=False,
-        nan_filter=True,
+        nan_filter=args.nan_filter,
         max_grad_norm=1.0,
         learning_rate=3e-4,
         windows=args.windows,
@@ -65,6 +65,7 @@ def train_all(ranks: Processes, args: argparse.Namespace, write: Callable[[dict[
         "engine": args.engine,
         "batch": args.batch,
         "context": args.context,
+        "nan_filter": args.nan_filter,
         "window_steps": args.window_steps,
         "runs": [],
     }
