@@ -392,7 +392,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--context", type=int, default=2048, help="tokens of a sequence. Default: %(default)s")
     add("--window_steps", type=int, default=5, help="Trainer's steps of a timed window. Default: %(default)s")
     add("--windows", type=int, default=3, help="timed windows of Trainer. Default: %(default)s")
-    add("--nan_filter", action=on_off, default=True, help="Trainer's logging_nan_inf_filter. Default: on, as Trainer's")
+    add("--nan_filter", action=on_off, default=True, help="Trainer's logging_nan_inf_filter. Default: on")
     add("--timeout", type=float, default=300.0, help="seconds that a rank waits for the others. Default: 300")
     add("--json", type=Path, help="write all times (milliseconds) and bytes to this file")
     args = parser.parse_args(argv)
