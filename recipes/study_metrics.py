@@ -370,6 +370,9 @@ def compare_groups(
                 "optimizer_ms_per_step": spread_of([milliseconds for milliseconds, _ in shares])._asdict(),
                 "optimizer_share": spread_of([share for _, share in shares])._asdict(),
                 "mfu": spread_of([run.record.get("results", {}).get("mfu") for run in group.runs])._asdict(),
+                "peak_memory_bytes": spread_of(
+                    [run.record.get("results", {}).get("peak_memory_bytes") for run in group.runs]
+                )._asdict(),
             }
         )
     return measured

@@ -88,6 +88,8 @@ def throughput_table(comparison: Comparison) -> str:
     """Speed of training and the optimizer's part in it."""
     reference = next(m for m in comparison.measured if m["label"] == comparison.baseline.label)
     header = ["optimizer", f"{comparison.unit} a second", "relative", "optimizer ms a step", "its share", "MFU"]
+    has_memory = any(measured["peak_memory_bytes"]["count"] for measured in comparison.measured)
+    header += ["peak GiB"] if has_memory else []
     rows = []
     for measured in comparison.measured:
         speed, base = measured["tokens_per_second"]["mean"], reference["tokens_per_second"]["mean"]
@@ -101,6 +103,7 @@ def throughput_table(comparison: Comparison) -> str:
                 cell(measured["optimizer_ms_per_step"], ".2f"),
                 f"{share} %" if share else "",
                 f"{mfu} %" if mfu else "",
+                *([cell(measured["peak_memory_bytes"], ".2f", 1 / 2**30)] if has_memory else []),
             ]
         )
     return table(header, rows)

@@ -48,6 +48,7 @@ def test_steps_between_logs_do_not_wait(tmp_path: Path, no_waiting: Any, family:
     assert run(argv, family) == 0
     results = record(tmp_path / "out")["results"]
     assert results["timed_steps"] == 9
+    assert results["peak_memory_bytes"] > 2**20
     assert 0 < results["optimizer_seconds"] < results["train_seconds"]
 
 

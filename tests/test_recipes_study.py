@@ -61,7 +61,7 @@ def write_run(
         "data": {"train": {"unigram_entropy": 6.0}},
     }  # fmt: skip
     if finished:
-        record["results"] = {"steps": 10 * len(losses), "mfu": 0.4}
+        record["results"] = {"steps": 10 * len(losses), "mfu": 0.4, "peak_memory_bytes": 3 * 2**30}
     (folder / "run.json").write_text(json.dumps(record))
     log = RunLog(folder)
     for index, loss in enumerate(losses, start=1):
@@ -228,6 +228,8 @@ def test_compare_writes_the_report_the_picture_and_the_metrics(tmp_path: Path, c
     page = (output / "report.md").read_text()
     assert page in capsys.readouterr().out
     assert "seconds to perplexity 40" in page
+    assert "| peak GiB |" in page
+    assert "| 3.00 ± 0.00 |" in page
     assert "| mud | not reached |" not in page
     assert "mud: not finished, seed 0, 1, 2." in page
     picture = image.imread(output / "curves.png")
