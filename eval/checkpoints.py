@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from eval_error import EvalError
 from offline_data import file_digest
@@ -191,7 +191,9 @@ def load_tokenizer(checkpoint: Checkpoint, tokenizer: Path | None = None) -> Any
         raise EvalError(f"{folder}: its tokenizer cannot be read: {str(error).splitlines()[0]}") from error
 
 
-def load_model(checkpoint: Checkpoint, *, tokens: int, dtype: str, device: str) -> Any:
+def load_model(
+    checkpoint: Checkpoint, *, tokens: int, dtype: str, device: str, kind: Literal["causal", "masked"] = "causal"
+) -> Any:
     """Load the model, with its adapter if there is one, ready to score.
 
     Args:
@@ -199,19 +201,22 @@ def load_model(checkpoint: Checkpoint, *, tokens: int, dtype: str, device: str) 
         tokens: number of tokens of its tokenizer; a base model with fewer rows gets rows for the adapter's.
         dtype: "auto" for that of the checkpoint, or a floating type of torch by name.
         device: as torch names it.
+        kind: of language model.
 
     Raises:
         EvalError: if the weights cannot be read or are not those of the configuration.
     """
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 
-    kind = dtype if dtype == "auto" else getattr(torch, dtype)
+    auto_class = AutoModelForCausalLM if kind == "causal" else AutoModelForMaskedLM
+    weights = dtype if dtype == "auto" else getattr(torch, dtype)
     source = checkpoint.base or checkpoint.folder
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(str(source), dtype=kind, output_loading_info=True)
+        model, report = auto_class.from_pretrained(str(source), dtype=weights, output_loading_info=True)
     except Exception as error:  # safetensors', transformers' and torch's own
-        raise EvalError(f"{source} cannot be loaded: {type(error).__name__}: {str(error).splitlines()[0]}") from error
+        first = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+        raise EvalError(f"{source} cannot be loaded as a {kind} language model: {first}") from error
     if report["missing_keys"]:
         raise EvalError(
             f"{source}: its weights lack {len(report['missing_keys'])} tensors of a {type(model).__name__}, "

@@ -14,13 +14,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from checkpoints import Checkpoint, find_checkpoints, load_tokenizer
+from checkpoints import Checkpoint, find_checkpoints, load_model, load_tokenizer
 from eval_error import EvalError
-from jobs import device_name, versions
+from loss_command import command_parser, kept_or_computed, run_command
 from offline_data import file_digest
-from result_files import check_writable, is_done, read_result, result_path, write_result
-from run import DTYPES, chosen_devices, positive
-from scoring_statistics import mean
+from result_files import check_writable, result_path
+from run import chosen_devices, positive
+from scoring_statistics import finite, ratio_of_sums
 
 
 def read_fasta(path: Path) -> list[tuple[str, str]]:
@@ -102,27 +102,18 @@ def metric() -> Any:
         def _compute(self, predictions: Any, references: Any, losses: Any, sequences: Any) -> dict[str, Any]:
             order = np.asarray(sequences)
             losses, hits = np.asarray(losses, np.float64), np.asarray(predictions) == np.asarray(references)
-            loss = losses.mean()
-            # Residues of a protein are alike, so errors are over sequences: the linearised error of a ratio of sums.
-            size = order.max() + 1
-            counts = np.bincount(order, minlength=size)
-            present = counts > 0
-
-            def error(values: Any, centre: float) -> float | None:
-                spread = (np.bincount(order, values, size) - centre * counts)[present]
-                if len(spread) < 2:
-                    return None
-                return float(math.sqrt(len(spread) / (len(spread) - 1) * (spread**2).sum()) / counts.sum())
-
+            sums, counts = np.bincount(order, losses).tolist(), np.bincount(order).tolist()
+            loss, loss_error = ratio_of_sums(sums, counts)
+            accuracy, accuracy_error = ratio_of_sums(np.bincount(order, hits).tolist(), counts)
             return {
-                "loss": float(loss),
-                "loss_standard_error": error(losses, float(loss)),
-                "perplexity": float(math.exp(loss)),
-                "accuracy": float(hits.mean()),
-                "accuracy_standard_error": error(hits.astype(np.float64), float(hits.mean())),
+                "loss": loss,
+                "loss_standard_error": finite(loss_error),
+                "perplexity": math.exp(loss),
+                "accuracy": accuracy,
+                "accuracy_standard_error": finite(accuracy_error),
                 "masked_tokens": len(losses),
-                "sequence_losses": np.bincount(order, losses, size).tolist(),
-                "sequence_masked_tokens": counts.tolist(),
+                "sequence_losses": sums,
+                "sequence_masked_tokens": counts,
             }
 
     return MaskedTokens(keep_in_memory=True)
@@ -165,22 +156,11 @@ def evaluate_checkpoint(
     import torch
     from torch.nn import functional
     from tqdm import tqdm
-    from transformers import AutoModelForMaskedLM
 
     tokenizer = load_tokenizer(checkpoint)
     if tokenizer.mask_token_id is None:
         raise EvalError(f"{checkpoint.name}: its tokenizer has no mask token, so it is no masked language model")
-    kind = dtype if dtype == "auto" else getattr(torch, dtype)
-    try:
-        model, report = AutoModelForMaskedLM.from_pretrained(
-            str(checkpoint.folder), dtype=kind, output_loading_info=True
-        )
-    except Exception as error:  # safetensors', transformers' and torch's own
-        first = str(error).splitlines()[0]
-        raise EvalError(f"{checkpoint.folder} cannot be loaded as a masked language model: {first}") from error
-    if report["missing_keys"]:
-        raise EvalError(f"{checkpoint.folder}: its weights lack {min(report['missing_keys'])} and maybe more")
-    model = model.to(device).eval()
+    model = load_model(checkpoint, tokens=len(tokenizer), dtype=dtype, device=device, kind="masked")
     longest = max_length or min(1024, getattr(model.config, "max_position_embeddings", 1024) or 1024)
     encoded = [torch.tensor(tokenizer(text)["input_ids"]) for _, text in entries]
     cut = sum(len(tokens) > longest for tokens in encoded)
@@ -225,14 +205,8 @@ def evaluate_checkpoint(
 
 def paired_loss(a: dict[str, Any], b: dict[str, Any]) -> tuple[float, float]:
     """Return the difference of two losses on the same masked residues and its standard error over proteins."""
-    counts = a["sequence_masked_tokens"]
-    total = sum(counts)
     differences = [x - y for x, y in zip(a["sequence_losses"], b["sequence_losses"], strict=True)]
-    centre = sum(differences) / total
-    kept = [d - centre * n for d, n in zip(differences, counts, strict=True) if n]
-    if len(kept) < 2:
-        return centre, math.nan
-    return centre, math.sqrt(len(kept) * mean([value**2 for value in kept]) * len(kept) / (len(kept) - 1)) / total
+    return ratio_of_sums(differences, a["sequence_masked_tokens"])
 
 
 def report(results: Sequence[dict[str, Any]]) -> str:
@@ -254,23 +228,16 @@ def report(results: Sequence[dict[str, Any]]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Evaluate; return the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python eval/masked_lm.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--checkpoint", nargs="+", required=True, help="folders, globs or names on the Hub")
+    parser = command_parser("masked_lm", __doc__, batched="proteins")
     parser.add_argument("--fasta", type=Path, required=True, help="held-out proteins, also .gz")
-    parser.add_argument("--output", type=Path, default=Path("out/eval"), help="folder of results (%(default)s)")
     parser.add_argument("--limit", type=positive, help="the first so many proteins only")
     parser.add_argument("--mask-rate", type=float, default=0.15, help="part of the residues to predict (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the choice of residues (%(default)s)")
     parser.add_argument(
         "--max-length", type=positive, help="in tokens; longer proteins are cut (the model's, <= 1024)"
     )
-    parser.add_argument("--batch-size", type=positive, default=16, help="proteins in a batch (%(default)s)")
-    parser.add_argument("--dtype", choices=DTYPES, default="auto", help="of the weights; auto: as saved")
-    parser.add_argument("--device", help="such as cpu or cuda:0 (default: cuda if there is one)")
-    arguments = parser.parse_args(argv)
-    try:
+
+    def evaluate_all(arguments: argparse.Namespace) -> str:
         if not 0 < arguments.mask_rate <= 1:
             raise EvalError(f"--mask-rate {arguments.mask_rate} is not in (0, 1]")
         if not 0 <= arguments.seed < 2**64:
@@ -281,12 +248,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         check_writable(arguments.output)
         (device,) = chosen_devices(arguments.device, None)
         checkpoints = find_checkpoints(arguments.checkpoint)
-        results = [evaluated(checkpoint, entries, arguments, device) for checkpoint in checkpoints]
-    except EvalError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    print(report(results))
-    return 0
+        return report([evaluated(checkpoint, entries, arguments, device) for checkpoint in checkpoints])
+
+    return run_command(parser, argv, evaluate_all)
 
 
 def evaluated(
@@ -302,24 +266,14 @@ def evaluated(
         **options,
     }
     path = result_path(arguments.output, checkpoint.file_stem, f"masked_lm-{arguments.fasta.name.split('.')[0]}")
-    if is_done(path, key):
-        result = read_result(path)
-        assert result is not None
-        return result
-    computed = evaluate_checkpoint(
-        checkpoint, entries, rate=arguments.mask_rate, batch_size=arguments.batch_size, device=device, **options
-    )
-    result = {
-        "key": key,
-        "checkpoint": {"name": checkpoint.name, "label": checkpoint.label, "file_stem": checkpoint.file_stem},
-        "fasta": arguments.fasta.name,
-        "batch_size": arguments.batch_size,
-        "device": device_name(device),
-        "versions": versions(),
-        **computed,
-    }
-    write_result(path, result)
-    return result
+    about = {"fasta": arguments.fasta.name, "batch_size": arguments.batch_size}
+
+    def compute() -> dict[str, Any]:
+        return evaluate_checkpoint(
+            checkpoint, entries, rate=arguments.mask_rate, batch_size=arguments.batch_size, device=device, **options
+        )
+
+    return kept_or_computed(path, key, checkpoint, about, device, compute)
 
 
 if __name__ == "__main__":
