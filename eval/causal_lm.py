@@ -308,15 +308,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--stride", type=positive, help="tokens from window to window (half the context); small ones cost time"
     )
-    parser.add_argument("--tokenizer", type=Path, help="folder of the tokenizer, for checkpoints without one")
 
     def evaluate_all(arguments: argparse.Namespace) -> str:
         if arguments.context and arguments.stride and arguments.stride > arguments.context:
             raise EvalError(
                 f"--stride {arguments.stride} would skip tokens: give at most the context, {arguments.context}"
             )
-        if arguments.tokenizer and not arguments.tokenizer.is_dir():
-            raise EvalError(f"--tokenizer {arguments.tokenizer}: no such folder")
         documents = [document for path in arguments.text for document in read_documents(path)]
         documents = first_words(documents, arguments.limit)
         check_writable(arguments.output)

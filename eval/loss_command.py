@@ -25,6 +25,7 @@ def command_parser(script: str, description: str | None, *, batched: str) -> arg
         prog=f"python eval/{script}.py", description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--checkpoint", nargs="+", required=True, help="folders, globs or names on the Hub")
+    parser.add_argument("--tokenizer", type=Path, help="folder of the tokenizer, for checkpoints without one")
     parser.add_argument("--output", type=Path, default=Path("out/eval"), help="folder of results (%(default)s)")
     parser.add_argument("--batch-size", type=positive, default=16, help=f"{batched} in a batch (%(default)s)")
     parser.add_argument("--dtype", choices=DTYPES, default="auto", help="of the weights; auto: as saved")
@@ -38,6 +39,8 @@ def run_command(
     """Print what the work returns, or its error in one line; return the exit status."""
     arguments = parser.parse_args(argv)
     try:
+        if arguments.tokenizer and not arguments.tokenizer.is_dir():
+            raise EvalError(f"--tokenizer {arguments.tokenizer}: no such folder")
         printed = work(arguments)
     except EvalError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -136,6 +136,7 @@ def evaluate_checkpoint(
     batch_size: int,
     dtype: str,
     device: str,
+    tokenizer_folder: Path | None = None,
 ) -> dict[str, Any]:
     """Return loss, perplexity, accuracy and counts of a checkpoint on proteins.
 
@@ -149,6 +150,7 @@ def evaluate_checkpoint(
         batch_size: proteins in a batch.
         dtype: "auto" or a floating type of torch.
         device: as torch names it.
+        tokenizer_folder: folder of the tokenizer; None for the checkpoint's.
 
     Raises:
         EvalError: if the checkpoint holds no masked language model.
@@ -157,7 +159,7 @@ def evaluate_checkpoint(
     from torch.nn import functional
     from tqdm import tqdm
 
-    tokenizer = load_tokenizer(checkpoint)
+    tokenizer = load_tokenizer(checkpoint, tokenizer_folder)
     if tokenizer.mask_token_id is None:
         raise EvalError(f"{checkpoint.name}: its tokenizer has no mask token, so it is no masked language model")
     model = load_model(checkpoint, tokens=len(tokenizer), dtype=dtype, device=device, kind="masked")
@@ -259,7 +261,7 @@ def evaluated(
     """Return a checkpoint's result: the one that is there if it holds, else a new one, written."""
     options = {name: getattr(arguments, name) for name in ("seed", "max_length", "dtype")}
     key = {
-        "checkpoint_hash": checkpoint.digest(None),
+        "checkpoint_hash": checkpoint.digest(arguments.tokenizer),
         "fasta_hash": file_digest(arguments.fasta),
         "limit": arguments.limit,
         "mask_rate": arguments.mask_rate,
@@ -270,7 +272,13 @@ def evaluated(
 
     def compute() -> dict[str, Any]:
         return evaluate_checkpoint(
-            checkpoint, entries, rate=arguments.mask_rate, batch_size=arguments.batch_size, device=device, **options
+            checkpoint,
+            entries,
+            rate=arguments.mask_rate,
+            batch_size=arguments.batch_size,
+            device=device,
+            tokenizer_folder=arguments.tokenizer,
+            **options,
         )
 
     return kept_or_computed(path, key, checkpoint, about, device, compute)

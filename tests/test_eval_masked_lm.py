@@ -163,6 +163,30 @@ def test_the_command_keeps_results_and_compares_on_the_same_residues(tmp_path, f
     assert "--max-length 2 has no room for a residue: give at least 3" in capsys.readouterr().err
 
 
+def test_a_checkpoint_without_a_tokenizer_takes_one_from_elsewhere(tmp_path, fasta, capsys):
+    bare, whole = save_esm(tmp_path / "bare"), save_esm(tmp_path / "whole")
+    for name in ("vocab.txt", "tokenizer_config.json", "tokenizer.json", "special_tokens_map.json"):
+        (bare / name).unlink(missing_ok=True)
+    arguments = [
+        "--checkpoint",
+        str(bare),
+        "--fasta",
+        str(fasta),
+        "--device",
+        "cpu",
+        "--output",
+        str(tmp_path / "out"),
+    ]
+    assert masked_lm.main(arguments) == 1
+    assert "bare holds no tokenizer: give --tokenizer FOLDER" in capsys.readouterr().err
+    assert masked_lm.main([*arguments, "--tokenizer", str(tmp_path / "none")]) == 1
+    assert "none: no such folder" in capsys.readouterr().err
+    assert masked_lm.main([*arguments, "--tokenizer", str(whole)]) == 0
+    (path,) = (tmp_path / "out").rglob("*.json")
+    expected = evaluate(whole, masked_lm.read_fasta(fasta), rate=0.15, batch_size=16, dtype="auto")["loss"]
+    assert json.loads(path.read_text())["loss"] == pytest.approx(expected)
+
+
 def test_a_causal_model_is_refused(tmp_path):
     from eval_fixtures import save_checkpoint
 
