@@ -178,8 +178,7 @@ def train(
     }
     run["resumed_from"] = checkpoint
     samples = data.training(order_seed, plan.steps * plan.sequences_per_step)
-    log = RunLog(folder)
-    memory = PeakMemory()
+    log, memory = RunLog(folder), PeakMemory()
     make_trainer = partial(
         PretrainingTrainer,
         model=model,
