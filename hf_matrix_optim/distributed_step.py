@@ -17,7 +17,7 @@ from torch import Tensor
 
 from hf_matrix_optim.kernels.half_maps import Sides, newton_schulz_bytes
 from hf_matrix_optim.kernels.kernel_round import KernelRound, KnownStacks, can_take
-from hf_matrix_optim.kernels.stack_step import KernelRule
+from hf_matrix_optim.kernels.stack_step import KernelRule, StepScalars
 from hf_matrix_optim.matrix_layout import MatrixLayout
 from hf_matrix_optim.plain_round import PlainRound
 from hf_matrix_optim.plain_step import Group, Rule
@@ -102,8 +102,7 @@ class DistributedGroup:
         self.layout = layout
         self.rounds: list[PlannedRound] = []
         self._views: dict[int, KnownViews] = {}
-        self._scalars: dict[torch.device, Tensor] = {}
-        self._values: dict[torch.device, tuple[float, float] | None] = {}
+        self._scalars: dict[torch.device, StepScalars] = {}
         jobs: dict[tuple[Any, ...], list[MatrixJob]] = defaultdict(list)
         groups: dict[tuple[Any, ...], tuple[Ranks, Ranks]] = {}
         for member, momentum_dtype in zip(members, momentum_dtypes, strict=True):
@@ -146,58 +145,41 @@ class DistributedGroup:
             scale: factor from direction to update by (fan_out, fan_in).
             root: see ``Rule.adapt``, by number of the step.
         """
-        run_rounds(self._rounds(rule, kernel_rule, group, entries, steps, scale, root))
 
-    def _rounds(
-        self,
-        rule: Rule,
-        kernel_rule: KernelRule,
-        group: Group,
-        entries: dict[int, Matrices],
-        steps: dict[int, float],
-        scale: Callable[[int, int], float],
-        root: Callable[[float], float],
-    ) -> Iterator[RoundStep]:
-        """The rounds of a step, each made when it is asked for; arguments as in ``step``."""
-        pieces_of_entry = functools.cache(lambda i: self._pieces(i, entries[i]))
-        for planned in self.rounds:
-            jobs = planned.exchange.plan.jobs
-            present = [k for k, job in enumerate(jobs) if job.parameter in entries]
-            first = self.members[jobs[0].parameter].param
-            task = RoundTask(
-                group,
-                self.layout,
-                planned.exchange,
-                [pieces_of_entry(jobs[k].parameter)[jobs[k].piece] for k in present],
-                present,
-                [root(steps[jobs[k].parameter]) for k in present],
-                scale,
-                first.device,
-                first.dtype,
-            )
-            if planned.by_kernels:
-                scalars = functools.partial(self._scalars_on, first.device, group["lr"])
-                yield KernelRound(task, kernel_rule, planned.stacks, scalars)
-            else:
-                yield PlainRound(task, rule)
+        def rounds() -> Iterator[RoundStep]:
+            pieces_of_entry = functools.cache(lambda i: self._pieces(i, entries[i]))
+            for planned in self.rounds:
+                jobs = planned.exchange.plan.jobs
+                present = [k for k, job in enumerate(jobs) if job.parameter in entries]
+                first = self.members[jobs[0].parameter].param
+                task = RoundTask(
+                    group,
+                    self.layout,
+                    planned.exchange,
+                    [pieces_of_entry(jobs[k].parameter)[jobs[k].piece] for k in present],
+                    present,
+                    [root(steps[jobs[k].parameter]) for k in present],
+                    scale,
+                    first.device,
+                    first.dtype,
+                )
+                if planned.by_kernels:
+                    scalars = functools.partial(self._scalars_on, first.device, group["lr"])
+                    yield KernelRound(task, kernel_rule, planned.stacks, scalars)
+                else:
+                    yield PlainRound(task, rule)
+
+        run_rounds(rounds())
 
     def _scalars_on(self, device: torch.device, lr: float | Tensor, corrections: list[float]) -> Tensor:
         """(2,), or (1 + b,) where corrections differ: see ``stack_step.apply_direction``; nothing waits for it."""
-        if len(set(corrections)) > 1:
-            scalars = torch.tensor([0.0, *corrections], dtype=torch.float32).to(device, non_blocking=True)
-        else:
-            if device not in self._scalars:
-                self._scalars[device] = torch.empty(2, dtype=torch.float32, device=device)
-            scalars, values = self._scalars[device], None if isinstance(lr, Tensor) else (lr, corrections[0])
-            if values is not None and self._values.get(device) == values:  # as for most rounds of a step
-                return scalars
-            self._values[device] = values
-            scalars[1:].fill_(corrections[0])
-        if isinstance(lr, Tensor):
-            scalars[:1].copy_(lr.view(1))
-        else:
-            scalars[:1].fill_(lr)
-        return scalars
+        if device not in self._scalars:
+            self._scalars[device] = StepScalars(device)
+        scalars = self._scalars[device].fill(lr, corrections[0])
+        if len(set(corrections)) == 1:
+            return scalars
+        each = torch.tensor(corrections, dtype=torch.float32).to(device, non_blocking=True)
+        return torch.cat([scalars[:1], each])
 
     def without_kernels(self) -> int | None:
         """Index of a parameter that is stepped by the plain functions; None if there is none."""

@@ -3,7 +3,7 @@
 import logging
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hf_matrix_optim.kernels.half_maps import Sides
 from hf_matrix_optim.kernels.stack_plan import StackPlan, can_take, matrices_of
-from hf_matrix_optim.kernels.stack_step import KernelRule, step_stack, workspace_bytes
+from hf_matrix_optim.kernels.stack_step import KernelRule, StepScalars, step_stack, workspace_bytes
 from hf_matrix_optim.matrix_layout import MatrixLayout, to_matrices
 from hf_matrix_optim.stacks import MatrixLists, present
 
@@ -30,10 +30,9 @@ class GroupPlan:
     places: list[Any]
     stacks: list[StackPlan]
     rest: list[int]
-    scalars: Tensor
+    scalars: StepScalars
     momentum_starts: list[int]
     momentum_forms: list[Any]
-    values: list[float] = field(default_factory=lambda: [0.0, 0.0])
     graph: torch.cuda.CUDAGraph | None = None
     graph_rule: KernelRule | None = None
     steps_of_rule: int = 0
@@ -85,8 +84,8 @@ class FastPath:
                 "them; or use kernels='auto'"
             )
         if plan.stacks:
-            with torch.cuda.device(plan.scalars.device):
-                _fill(plan, lr, correction)
+            with torch.cuda.device(plan.scalars.tensor.device):
+                plan.scalars.fill(lr, correction)
                 for stack in plan.stacks:
                     stack.point_to(grad_starts)
                 if cuda_graph:
@@ -104,8 +103,8 @@ class FastPath:
             return
         if plan.graph is None:
             # Graphs are replayed one after the other, so they share their workspace; a pool dies with its last graph.
-            device = plan.scalars.device
-            on_device = [other for other in self.plans.values() if other.scalars.device == device]
+            device = plan.scalars.tensor.device
+            on_device = [other for other in self.plans.values() if other.scalars.tensor.device == device]
             pool = next((other.graph.pool() for other in on_device if other.graph is not None), None)
             graph = torch.cuda.CUDAGraph()
             if device not in self._streams:  # torch's own belongs to the device that captured first
@@ -140,7 +139,7 @@ class FastPath:
             if known is None and len(self.plans) >= MOST_PLANS:  # gathered anew in every step, some never come back
                 del self.plans[next(iter(self.plans))]
             stacks, rest = _new_plan(lists, layout, rule, scale, max_workspace_bytes)
-            scalars = torch.zeros(2, dtype=torch.float32, device=lists.params[0].device)
+            scalars = StepScalars(lists.params[0].device)
             forms = _forms(lists.momenta)
             known = GroupPlan(options, places, stacks, rest, scalars, momentum_starts, forms)
             self.plans[first] = known
@@ -173,22 +172,9 @@ def _forms(momenta: list[Tensor]) -> list[Any]:
     return [(momentum.stride(), momentum.dtype, momentum.data_ptr() & 15) for momentum in momenta]
 
 
-def _fill(plan: GroupPlan, lr: float | Tensor, correction: float) -> None:
-    """Bring the learning rate and the bias correction to the device, where they have changed."""
-    if isinstance(lr, Tensor) and lr.device.type != "cpu":
-        plan.scalars[0:1].copy_(lr.view(1))
-        plan.values[0] = float("nan")
-    elif plan.values[0] != float(lr):
-        plan.values[0] = float(lr)
-        plan.scalars[0:1].fill_(plan.values[0])
-    if plan.values[1] != correction:
-        plan.values[1] = correction
-        plan.scalars[1:2].fill_(correction)
-
-
 def _launch(plan: GroupPlan, rule: KernelRule) -> None:
     for stack in plan.stacks:
-        step_stack(stack, rule, plan.scalars)
+        step_stack(stack, rule, plan.scalars.tensor)
 
 
 def _new_plan(

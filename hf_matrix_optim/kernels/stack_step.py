@@ -56,6 +56,31 @@ class KernelRule:
     rms_eps: float = 0.0
 
 
+class StepScalars:
+    """What changes from step to step of all stacks alike, on a device.
+
+    Attributes:
+        tensor: (2,) float32, see ``apply_direction``; graphs read it, so it stays where it is.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.tensor = torch.zeros(2, dtype=torch.float32, device=device)
+        self._values = [0.0, 0.0]
+
+    def fill(self, lr: float | Tensor, correction: float) -> Tensor:
+        """Bring learning rate and bias correction to the device, where they have changed; nothing waits for it."""
+        if isinstance(lr, Tensor) and lr.device.type != "cpu":
+            self.tensor[0:1].copy_(lr.view(1))
+            self._values[0] = float("nan")
+        elif self._values[0] != float(lr):
+            self._values[0] = float(lr)
+            self.tensor[0:1].fill_(self._values[0])
+        if self._values[1] != correction:
+            self._values[1] = correction
+            self.tensor[1:2].fill_(correction)
+        return self.tensor
+
+
 def workspace_bytes(sides: Sides, rule: KernelRule) -> int:
     """Bytes that ``step_stack`` needs for one matrix."""
     elements = sides.rows * sides.columns
