@@ -34,7 +34,7 @@ from document_tokens import saved_tokenizer, tokenizer_fingerprint
 from finetune_arguments import FineTuningArguments, parse
 from finetune_data import plan_steps, read_data
 from flag_checks import check_one_gpu, exit_status
-from pretrain import PeakMemory, RunFlow, accepted_trainer, enter_folder, finish, resume_clock, say_stopped
+from pretrain import RunFlow, accepted_trainer, enter_folder, finish, resume_clock, say_stopped
 from recipe_error import REFUSALS, RecipeError
 from recipe_trainer import PretrainingTrainer, token_loss
 from run_description import explain_model_partition, optimizer_name, run_facts, training_identity
@@ -213,7 +213,7 @@ def train(
     if training.gradient_checkpointing and arguments.lora_rank:
         model.enable_input_require_grads()
     training.label_names = ["labels"]
-    log, memory = RunLog(folder), PeakMemory()
+    log = RunLog(folder)
     make_trainer = functools.partial(
         FineTuningTrainer,
         model=model,
@@ -223,7 +223,7 @@ def train(
         data_collator=data.collate,
         processing_class=tokenizer,
         compute_loss_func=functools.partial(token_loss, label_smoothing=training.label_smoothing_factor),
-        callbacks=[RunFlow(arguments.stop_after), memory],
+        callbacks=[RunFlow(arguments.stop_after)],
         tokens_per_step=plan.tokens_per_step,
         tokens_per_sample=plan.tokens_per_step // plan.sequences_per_step,
         flops_per_token=run["flops_per_token"],
@@ -254,7 +254,7 @@ def train(
     if arguments.merge and trainer.is_world_process_zero():  # before run.json has results: it says that all is there
         trainer.save_model()
         save_merged(arguments, place, folder, tokenizer)
-    finish(run, trainer, CausalLanguageModeling(), plan, data, outcome.metrics, memory)
+    finish(run, trainer, CausalLanguageModeling(), plan, data, outcome.metrics)
     return run
 
 

@@ -67,25 +67,6 @@ class RunFlow(TrainerCallback):
             control.should_log = True
 
 
-class PeakMemory(TrainerCallback):
-    """The most bytes that tensors of this process have on its GPU while it trains, evaluations left out.
-
-    Attributes:
-        peak: None on other devices.
-    """
-
-    def __init__(self) -> None:
-        self.peak: int | None = None
-
-    def on_step_end(self, args: TrainingArguments, *_: Any, **__: Any) -> None:
-        if args.device.type == "cuda":
-            self.peak = max(self.peak or 0, torch.cuda.max_memory_allocated(args.device))
-
-    def on_evaluate(self, args: TrainingArguments, *_: Any, **__: Any) -> None:
-        if args.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(args.device)
-
-
 def pretrain(
     recipe: str,
     preset: Preset,
@@ -178,7 +159,7 @@ def train(
     }
     run["resumed_from"] = checkpoint
     samples = data.training(order_seed, plan.steps * plan.sequences_per_step)
-    log, memory = RunLog(folder), PeakMemory()
+    log = RunLog(folder)
     make_trainer = partial(
         PretrainingTrainer,
         model=model,
@@ -188,7 +169,7 @@ def train(
         data_collator=data.collate,
         processing_class=tokenizer,
         compute_loss_func=task.loss(training),
-        callbacks=[RunFlow(arguments.stop_after), memory],
+        callbacks=[RunFlow(arguments.stop_after)],
         tokens_per_step=plan.tokens_per_step,
         tokens_per_sample=arguments.block_size,
         flops_per_token=run["flops_per_token"],
@@ -213,7 +194,7 @@ def train(
     if trainer.state.global_step < plan.steps:
         say_stopped(trainer, plan)
         return run
-    finish(run, trainer, task, plan, data, outcome.metrics, memory)
+    finish(run, trainer, task, plan, data, outcome.metrics)
     return run
 
 
@@ -279,7 +260,6 @@ def finish(
     plan: Plan,
     data: TrainingData,
     metrics: dict[str, float],
-    memory: PeakMemory,
 ) -> None:
     """Evaluate and save a run that has come to its end, and write its results into ``run`` and ``run.json``."""
     trainer.save_metrics("train", metrics)
@@ -295,7 +275,7 @@ def finish(
         "optimizer_seconds": clock.optimizer_seconds,
         "tokens_per_second": speed,
         "mfu": trainer.mfu(speed),
-        "peak_memory_bytes": memory.peak,
+        "peak_memory_bytes": trainer.memory.peak,
     }
     evaluation: dict[str, float] = {}
     if data.validation is not None:

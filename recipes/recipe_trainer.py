@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peak_memory import PeakMemory
 from recipe_error import RecipeError
 from torch import Tensor, nn
 from torch.nn import functional
@@ -139,6 +140,8 @@ class PretrainingTrainer(Trainer):
         self.has_perplexity = has_perplexity
         self.clock = TrainingClock(skips_first_step=self.args.torch_compile or self.args.device.type == "cuda")
         self.add_callback(self.clock)
+        self.memory = PeakMemory()
+        self.add_callback(self.memory)
         self._log_record = log_record
         self._stream_state = stream_state
         self._evaluated_step: int | None = None
