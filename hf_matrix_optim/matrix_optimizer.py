@@ -29,6 +29,7 @@ from hf_matrix_optim.kernels.int8_plan import Int8Plans
 from hf_matrix_optim.kernels.stack_plan import why_not
 from hf_matrix_optim.kernels.stack_step import KernelRule
 from hf_matrix_optim.matrix_layout import MatrixLayout, to_matrices
+from hf_matrix_optim.matrix_state import momentum_dtype, new_state, restore
 from hf_matrix_optim.plain_step import state_dtype, step_stack
 from hf_matrix_optim.sharding.full_tensor import Written, local_or_whole, write_shard
 from hf_matrix_optim.sharding.shard_layout import is_sharded
@@ -186,7 +187,7 @@ class MatrixOptimizer(Optimizer):
             for gone in set(plans) - set(map(id, self.param_groups)):
                 del plans[gone]
             has_shards = any(is_sharded(p) for other in self.param_groups for p in other["params"])
-            dtypes = [_momentum_dtype(p, group) for p in params]
+            dtypes = [momentum_dtype(p, group) for p in params]
             by_kernels = not self._why_not_kernels(params[0].device, layout, group)
             plan = plan_group(
                 group,
@@ -288,12 +289,7 @@ class MatrixOptimizer(Optimizer):
     def _matrix_state(self, p: Tensor, layout: MatrixLayout, group: dict[str, Any]) -> dict[str, Any]:
         state: dict[str, Any] = self.state[p]
         if not state:
-            state["step"] = torch.tensor(0.0, dtype=torch.float32)
-            state.update(_zero_momentum(p, group))
-            if self.has_second_moment:
-                state["exp_avg_sq"] = torch.zeros_like(p, dtype=state_dtype(p), memory_format=torch.preserve_format)
-            matrices = layout.matrix_count(tuple(p.shape))
-            state["skipped"] = torch.zeros(matrices, dtype=torch.int64, device=p.device)
+            state.update(new_state(p, layout, group, has_second_moment=self.has_second_moment))
         if p.is_cuda and "lookahead_scale" not in state:  # also after a checkpoint from another device
             state["lookahead_scale"] = torch.zeros(state["skipped"].numel(), dtype=torch.float32, device=p.device)
         return state
@@ -396,14 +392,7 @@ class MatrixOptimizer(Optimizer):
                 key: value.clone() if isinstance(value, Tensor) else value for key, value in self.state[p].items()
             }
             if group["role"] == "matrix":
-                for key in state.keys() - {"momentum_buffer", "momentum_scale"}:
-                    device = torch.device("cpu") if key == "step" else p.device
-                    dtype = state_dtype(p) if key == "exp_avg_sq" else saved[key].dtype
-                    state[key] = saved[key].to(device=device, dtype=dtype, copy=True)
-                state.pop("momentum_scale", None)
-                is_int8 = group["momentum_dtype"] == INT8
-                dtype = _momentum_dtype(p, group)
-                state.update(int8_momentum.from_checkpoint(saved, p, dtype, as_int8=is_int8))
+                restore(state, saved, p, group)
             self.state[p] = state
 
 
@@ -413,21 +402,3 @@ def has_fast_bfloat16(device: torch.device) -> bool:
         queries = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
         return any(getattr(torch.cpu, query, bool)() for query in queries)
     return device.type == "cuda"
-
-
-def _momentum_dtype(p: Tensor, group: dict[str, Any]) -> torch.dtype:
-    return torch.bfloat16 if group["momentum_dtype"] == "bfloat16" else state_dtype(p)
-
-
-def _zero_momentum(p: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
-    if group["momentum_dtype"] == INT8:
-        if is_sharded(p):
-            name = parameter_name(group, [own is p for own in group["params"]].index(True))
-            raise RuntimeError(
-                f"momentum_dtype='{INT8}' was asked for, but parameter {name} is in shards: use "
-                "momentum_dtype='bfloat16', or DDP"
-            )
-        if int8_momentum.takes(p):
-            return int8_momentum.zeros_for(p)
-    zeros = torch.zeros_like(p, dtype=_momentum_dtype(p, group), memory_format=torch.preserve_format)
-    return {"momentum_buffer": zeros}

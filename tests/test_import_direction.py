@@ -54,6 +54,7 @@ LAYERS = {
         "plain_step",
         "plain_round",
         "distributed_step",
+        "matrix_state",
         "matrix_optimizer",
     },
     "diagnostics": {"stored_matrices", "optimizer_diagnostics", "diagnostics_summary"},
