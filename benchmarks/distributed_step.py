@@ -141,7 +141,7 @@ def measure_steps(
     }
     write(result)
     matrices = SeededMatrices([p.shape for group in groups for p in group["params"]], ranks.device)
-    contenders = contenders_of(args.schemes, args.optimizers, kernels=args.kernels)
+    contenders = contenders_of(args.schemes, args.optimizers, kernels=args.kernels, cuda_graph=args.cuda_graph)
     for engine in dict.fromkeys(contender.engine for contender in contenders):
         box: list[Held] = []  # a name of its own would keep the last engine's parameters while the next are made
         problem = ""
@@ -260,10 +260,11 @@ def step_table(result: dict[str, Any], settings: dict[str, Any]) -> str:
     done = [run for run in result["runs"] if "error" not in run]
     medians = {(run["engine"], run["scheme"], run["rule"]): statistics.median(run["milliseconds"]) for run in done}
     layers = "" if result["layers"] is None else f", shortened to layers={result['layers']}"
+    graph = ", cuda_graph=true" if settings.get("cuda_graph") else ""
     lines = [
         f"{result['model']}{layers}: "
         f"{result['matrices']} hidden matrices, {result['elements'] / 1e6:.1f} M elements, float32, kernels="
-        f"{settings['kernels']}; {settings['world_size']} x {settings['device']}, torch "
+        f"{settings['kernels']}{graph}; {settings['world_size']} x {settings['device']}, torch "
         f"{settings['versions']['torch']}, {settings['date']}; {settings['steps']} steps; copy "
         f"{rounded(result['peaks']['copy_bytes_per_second'] / 1e9)} GB/s",
         "",
@@ -346,6 +347,7 @@ def settings_of(ranks: Processes, args: argparse.Namespace) -> dict[str, Any]:
         "warmup": args.warmup,
         "steps": args.steps,
         "kernels": args.kernels,
+        "cuda_graph": args.cuda_graph,
         **environment(ranks.device),
     }
 
@@ -378,6 +380,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--schemes", default=",".join(SCHEME_NAMES), help="separated by commas. Default: %(default)s")
     add("--optimizers", default=",".join(RULES), help="separated by commas; AdamW always. Default: %(default)s")
     add("--kernels", choices=("auto", "torch"), default="auto", help="of this package's optimizers. Default: auto")
+    add("--cuda_graph", action=on_off, default=False, help="replay kernels as graphs in the step alone. Default: off")
     add("--warmup", type=int, default=3, help="steps that are not timed. Default: %(default)s")
     add("--steps", type=int, default=10, help="timed steps, at least 2. Default: %(default)s")
     add("--trainer", action=on_off, default=False, help="measure Trainer. Default: off")
@@ -414,6 +417,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     args.optimizers = names_of(parser, "--optimizers", args.optimizers, RULES)
     check_output(parser, args.json)
     args.rank, args.device = check_ranks(parser, args.device)
+    if args.cuda_graph and (args.device.type == "cpu" or args.kernels == "torch"):
+        parser.error("--cuda_graph is for the GPU kernels: leave it out, or use --device cuda and --kernels auto")
     if args.engine is None:
         args.engine = "fsdp2" if args.device.type == "cuda" else "ddp"
     elif args.engine == "fsdp2" and args.device.type == "cpu" and args.trainer:

@@ -55,7 +55,8 @@ class AdaMuon(MatrixOptimizer):
         kernels: "triton" for the GPU kernels, whose products are in float16 with float32 sums; "torch" for the plain
             path; "auto" takes the kernels where they apply: linear layers with float32 or bfloat16 parameters on a
             CUDA GPU with Triton, ``map_dtype="auto"``.
-        cuda_graph: replay the kernels' step as one CUDA graph, which holds on to its workspace between steps.
+        cuda_graph: replay the kernels' step as one CUDA graph, or a graph a map where ranks share the matrices; graphs
+            hold on to their workspace between steps.
         momentum_dtype: "auto" (float32 for parameters of 32 bits or less), "bfloat16", which halves its memory, or
             "int8", a quarter of it: blocks with a scale, float32 while a step works on them (not for shards).
         max_workspace_bytes: bound of the temporary stacks of a step, in bytes.

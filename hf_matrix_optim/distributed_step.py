@@ -17,6 +17,7 @@ from torch import Tensor
 
 from hf_matrix_optim.kernels.half_maps import Sides, newton_schulz_bytes
 from hf_matrix_optim.kernels.kernel_round import KernelRound, KnownStacks, can_take
+from hf_matrix_optim.kernels.map_graphs import MapGraphs
 from hf_matrix_optim.kernels.stack_step import KernelRule, StepScalars
 from hf_matrix_optim.matrix_layout import MatrixLayout
 from hf_matrix_optim.plain_round import PlainRound
@@ -133,6 +134,7 @@ class DistributedGroup:
         *,
         scale: Callable[[int, int], float],
         root: Callable[[float], float],
+        graphs: dict[torch.device, MapGraphs] | None,
     ) -> None:
         """Step all members; a collective of their ranks.
 
@@ -144,6 +146,7 @@ class DistributedGroup:
             steps: number of this step for each of them.
             scale: factor from direction to update by (fan_out, fan_in).
             root: see ``Rule.adapt``, by number of the step.
+            graphs: of the optimizer's maps by the kernels, added to here; None to launch their kernels one by one.
         """
 
         def rounds() -> Iterator[RoundStep]:
@@ -165,7 +168,10 @@ class DistributedGroup:
                 )
                 if planned.by_kernels:
                     scalars = functools.partial(self._scalars_on, first.device, group["lr"])
-                    yield KernelRound(task, kernel_rule, planned.stacks, scalars)
+                    if graphs is not None and first.device not in graphs:
+                        graphs[first.device] = MapGraphs(first.device)
+                    of_device = None if graphs is None else graphs[first.device]
+                    yield KernelRound(task, kernel_rule, planned.stacks, scalars, of_device)
                 else:
                     yield PlainRound(task, rule)
 

@@ -155,6 +155,7 @@ class MatrixOptimizer(Optimizer):
                 dict(zip(stepping, steps, strict=True)),
                 scale=lambda fan_out, fan_in: self._scale(fan_out, fan_in, group),
                 root=lambda step: self._root(group, step),
+                graphs=self.__dict__.setdefault("_map_graphs", {}) if group["cuda_graph"] else None,
             )
         # Parameters that joined later are behind the others; a model may lie on several devices, or in shards.
         together: dict[tuple[float, torch.device], list[Matrices]] = defaultdict(list)
@@ -204,11 +205,7 @@ class MatrixOptimizer(Optimizer):
 
     def _check_shared(self, plan: DistributedGroup, layout: MatrixLayout, group: dict[str, Any]) -> None:
         """Refuse what was asked for and cannot be had where ranks share the matrices of a group."""
-        if group["cuda_graph"]:
-            raise RuntimeError(
-                "cuda_graph=True was asked for, but ranks share the matrices, and messages between them are not in a "
-                "graph: set cuda_graph=False, or under DDP distribute='off'"
-            )
+        self._check_graph(self._why_not_kernels(group["params"][0].device, layout, group), layout, group)
         if group["kernels"] == "triton" and (left := plan.without_kernels()) is not None:
             reason = self._why_not_kernels(group["params"][left].device, layout, group)
             reason = (
@@ -216,6 +213,13 @@ class MatrixOptimizer(Optimizer):
                 or f"parameter {parameter_name(group, left)} or its shards are too small or not laid out for them"
             )
             raise RuntimeError(f"kernels='triton' was asked for, but {reason}; or use kernels='auto'")
+
+    def _check_graph(self, reason: str, layout: MatrixLayout, group: dict[str, Any]) -> None:
+        """Refuse a CUDA graph of kernels that cannot be used, for a reason."""
+        if reason and group["cuda_graph"] and not layout.flatten:
+            raise RuntimeError(
+                f"cuda_graph=True was asked for, which is for the kernels, but {reason}; or leave cuda_graph out"
+            )
 
     def _step_lists(self, lists: MatrixLists, layout: MatrixLayout, group: dict[str, Any], step: float) -> None:
         """Step parameters of one group and device, their momenta in float32 or bfloat16 for as long as it takes."""
@@ -234,10 +238,7 @@ class MatrixOptimizer(Optimizer):
         reason = self._why_not_kernels(lists.params[0].device, layout, group)
         if reason and group["kernels"] == "triton":
             raise RuntimeError(f"kernels='triton' was asked for, but {reason}; or use kernels='auto'")
-        if reason and group["cuda_graph"] and not layout.flatten:
-            raise RuntimeError(
-                f"cuda_graph=True was asked for, which is for the kernels, but {reason}; or leave cuda_graph out"
-            )
+        self._check_graph(reason, layout, group)
         rest: Iterable[int] = range(len(lists.params))
         if not reason:
             fast_path: FastPath = self.__dict__.setdefault("_fast_path", FastPath())

@@ -40,7 +40,7 @@ class MatrixOptimizerOptions:
         adamw_fused: torch's fused AdamW kernel; None uses it where the device has one.
         map_dtype: precision of the map from momentum to direction.
         kernels: "triton" for the GPU kernels, "torch" for the plain path, "auto" for the kernels where they apply.
-        cuda_graph: replay the kernels' step as one CUDA graph.
+        cuda_graph: replay the kernels' step as one CUDA graph, or a graph a map where ranks share the matrices.
         momentum_dtype: "auto" (float32 for parameters of 32 bits or less), "bfloat16" or "int8".
         max_workspace_bytes: bound of the temporary stacks of a step, in bytes.
         distribute: "auto" maps each matrix on one of the ranks that hold it or its shards, "off" on every rank.

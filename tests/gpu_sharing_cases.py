@@ -86,6 +86,19 @@ def equals_one_process(folder: Path, name: str, how: str, dtype: torch.dtype) ->
     assert all(torch.equal(each, every[0]) for each in every)
 
 
+def a_graph_changes_nothing(folder: Path, how: str, name: str) -> None:
+    """Maps that are replayed give the same bits as maps that are launched, in all tensors of the optimizer."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sharding_plan, "GPU_OPERATIONS", 1.0)
+        replayed, optimizer = run(name, how, cuda_graph=True)
+        launched, _ = run(name, how)
+    (graphs,) = optimizer._map_graphs.values()
+    assert graphs.graphs
+    assert replayed.keys() == launched.keys()
+    for key, tensor in launched.items():
+        assert torch.equal(replayed[key], tensor), key
+
+
 def a_step_does_not_wait(folder: Path, how: str) -> None:
     device = torch.device("cuda", torch.cuda.current_device())
     mesh = init_device_mesh("cuda", (dist.get_world_size(),))
@@ -110,4 +123,10 @@ CASES: dict[str, Callable[[Path], None]] = {
     for how in ("rows", "columns", "replicated", "ddp")
     for name in OPTIMIZERS
     for dtype in (torch.float32, torch.bfloat16)
-} | {f"no_waiting_{how}": partial(a_step_does_not_wait, how=how) for how in ("rows", "ddp")}
+}
+CASES |= {f"no_waiting_{how}": partial(a_step_does_not_wait, how=how) for how in ("rows", "ddp")}
+CASES |= {
+    f"graph_{how}_{name}": partial(a_graph_changes_nothing, how=how, name=name)
+    for how in ("rows", "columns", "ddp")
+    for name in OPTIMIZERS
+}

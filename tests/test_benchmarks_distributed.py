@@ -170,6 +170,7 @@ def test_the_file_is_input_to_the_model(ran, tmp_path, capsys):
         (["--trainer", "--trainer_optimizers", "sgd"], "unknown optimizer 'sgd'"),
         (["--trainer", "--trainer_model", "qwen"], "model 'qwen' is not one of demo"),
         (["--json", "no_such_folder/x.json"], "--json no_such_folder/x.json"),
+        (["--cuda_graph"], "--cuda_graph is for the GPU kernels: leave it out, or use --device cuda"),
         (["--step", "2"], "unrecognized arguments: --step 2"),
     ],
 )

@@ -43,6 +43,7 @@ LAYERS = {
         "kernels.stack_plan",
         "kernels.stack_step",
         "kernels.fast_path",
+        "kernels.map_graphs",
         "kernels.kernel_round",
     },
     "step": {

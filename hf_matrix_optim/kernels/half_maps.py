@@ -132,7 +132,9 @@ def _product(
         launch(kernels.product_kernel, (programs,), *tensors, alpha, beta, gamma, k, *sizes, EVEN=even, **constants)
 
 
-def newton_schulz_half(x: Tensor, sides: Sides, coefficients: Coefficients) -> tuple[Tensor, Tensor]:
+def newton_schulz_half(
+    x: Tensor, sides: Sides, coefficients: Coefficients, spare: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Newton-Schulz in Gram space: O = P X with P a polynomial in A = X X^T, from products of k x k matrices alone.
 
     With Q = a I + b A + c A^2 a step is P <- Q P, A <- Q (Q A): everything is a polynomial in one symmetric matrix, so
@@ -144,16 +146,17 @@ def newton_schulz_half(x: Tensor, sides: Sides, coefficients: Coefficients) -> t
         x: (b, rows, columns) float16 and finite, below 2^newton_schulz_top in magnitude; overwritten.
         sides: shape of one matrix.
         coefficients: (a, b, c) of each step.
+        spare: of the shape of ``x``, overwritten; made here if it is not given.
 
     Returns:
-        (b, rows, columns) float16, which may be ``x``, and (b,) float32 that it is to be multiplied by.
+        (b, rows, columns) float16, which is ``x`` or ``spare``, and (b,) float32 that it is to be multiplied by.
 
     Source: ``newton_schulz``. A is kept times 2^floor(log2 k), at most 2^13, so that it fills float16's range.
     """
     from hf_matrix_optim.kernels.symmetric_triton import scale_kernel, trace_kernel
 
     count, k, padded = x.size(0), sides.k, sides.padded
-    y = torch.empty_like(x)
+    y = torch.empty_like(x) if spare is None else spare
     scales, norms = torch.empty(2, count, dtype=torch.float32, device=x.device).unbind()
     small = torch.empty(4, count, padded, padded, dtype=torch.float16, device=x.device)
     gram = small[2:].view(torch.float32).view(count, padded, padded)  # read before its two buffers are needed
@@ -193,16 +196,17 @@ def newton_schulz_half(x: Tensor, sides: Sides, coefficients: Coefficients) -> t
     return x, norms
 
 
-def decorrelate_half(x: Tensor, sides: Sides, passes: int) -> tuple[Tensor, Tensor]:
+def decorrelate_half(x: Tensor, sides: Sides, passes: int, spare: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """MUD's map: the inverse of the triangle of the vectors' Gram matrix, applied to them.
 
     Args:
         x: (b, rows, columns) float16 and finite; overwritten.
         sides: shape of one matrix.
         passes: at least 1.
+        spare: of the shape of ``x``, overwritten; made here if it is not given.
 
     Returns:
-        (b, rows, columns) float16, which may be ``x``, and (b, k) float32, a factor for each vector.
+        (b, rows, columns) float16, which is ``x`` or ``spare``, and (b, k) float32, a factor for each vector.
 
     Source: ``decorrelate``. The triangle is inverted by products (kernels/triangular_triton.py), not solved with.
     """
@@ -211,7 +215,7 @@ def decorrelate_half(x: Tensor, sides: Sides, passes: int) -> tuple[Tensor, Tens
     count, k, d, padded = x.size(0), sides.k, sides.d, sides.padded
     width = TILE if sides.along_columns else 256
     parts = -(-d // width)
-    y = torch.empty_like(x)
+    y = torch.empty_like(x) if spare is None else spare
     gram = torch.empty(count, padded, padded, dtype=torch.float32, device=x.device)
     inverse, solve = torch.empty(2, count, padded, padded, dtype=torch.float16, device=x.device).unbind()
     norms = torch.empty(count, padded, dtype=torch.float32, device=x.device)

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from hf_matrix_optim.kernels.half_maps import Sides
+from hf_matrix_optim.kernels.map_graphs import MapGraphs
 from hf_matrix_optim.kernels.stack_plan import SMALLEST, STATE_DTYPES, StackPlan
-from hf_matrix_optim.kernels.stack_step import KernelRule, apply_direction, look_ahead, map_half, repair, top_of
+from hf_matrix_optim.kernels.stack_step import KernelRule, apply_direction, look_ahead, repair, top_of, whole_direction
 from hf_matrix_optim.matrix_layout import MatrixLayout
 from hf_matrix_optim.sharding.plan import MatrixJob
 from hf_matrix_optim.sharding.round_step import RoundStep, RoundTask
@@ -40,17 +41,20 @@ class KernelRound(RoundStep):
         rule: the optimizer's.
         stacks: of this round, kept from step to step; changed here.
         scalars: brings the learning rate and 1 / root, one for all or one a matrix, to the device.
+        graphs: of the maps; None to launch their kernels one by one.
     """
 
-    def __init__(self, task: RoundTask, rule: KernelRule, stacks: KnownStacks, scalars: Scalars) -> None:
+    def __init__(
+        self, task: RoundTask, rule: KernelRule, stacks: KnownStacks, scalars: Scalars, graphs: MapGraphs | None
+    ) -> None:
         super().__init__(task)
-        self.rule, self.stacks, self.scalars = rule, stacks, scalars
+        self.rule, self.stacks, self.scalars, self.graphs = rule, stacks, scalars, graphs
         rows, columns = self.exchange.fans  # of memory
         transposed = task.layout.output_axis == 1
         self.sides = Sides(rows, columns, rows > columns or (rows == columns and transposed))
         self.top = top_of(self.sides, rule)
-        is_sent = self.exchange.axis is not None and self.exchange.shards.size > 1
-        self.wire = torch.int8 if rule.takes_sign and is_sent else torch.float16
+        self.is_sent = self.exchange.axis is not None and self.exchange.shards.size > 1
+        self.wire = torch.int8 if rule.takes_sign and self.is_sent else torch.float16
 
     def begin(self) -> None:
         shape = self.exchange.shard_shape(0, self.exchange.shards.place)
@@ -77,14 +81,19 @@ class KernelRound(RoundStep):
         self.gathered = self.exchange.gather(self.of_all(x.to(self.wire), 0))
 
     def map(self) -> None:
-        x = self.exchange.assemble(self.gathered, self.wire).to(torch.float16)
+        count, place = self.exchange.count, None
+        if count and self.graphs is not None:
+            place = self.graphs.input_of(count, self.sides, self.rule)
+        x = self.exchange.assemble(self.gathered, self.wire, place)
         del self.gathered
-        if self.exchange.count:
-            x, factors = map_half(x.contiguous(), self.sides, self.rule)
-            if factors.ndim == 1:
-                x.mul_(factors.view(-1, 1, 1))
-            else:
-                x.mul_(factors.unsqueeze(1) if self.sides.along_columns else factors.unsqueeze(2))
+        if place is not None:
+            assert self.graphs is not None
+            x = self.graphs.replay(count, self.sides, self.rule)
+            x = x if self.is_sent else x.clone()  # the next round's map overwrites it
+        elif count:
+            x = whole_direction(x.to(torch.float16).contiguous(), self.sides, self.rule)
+        else:
+            x = x.to(torch.float16)
         self.scattered = self.exchange.scatter(x)
 
     def share(self) -> None:

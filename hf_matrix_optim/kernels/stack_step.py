@@ -127,11 +127,19 @@ def top_of(sides: Sides, rule: KernelRule) -> int:
     return DECORRELATE_TOP if rule.passes else newton_schulz_top(sides.rows, sides.columns)
 
 
-def map_half(x: Tensor, sides: Sides, rule: KernelRule) -> tuple[Tensor, Tensor]:
+def map_half(x: Tensor, sides: Sides, rule: KernelRule, spare: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Direction of whole matrices, (b, rows, columns) float16, and its factors: (b,), or (b, k) for MUD."""
     if rule.passes:
-        return decorrelate_half(x, sides, rule.passes)
-    return newton_schulz_half(x, sides, rule.coefficients)
+        return decorrelate_half(x, sides, rule.passes, spare)
+    return newton_schulz_half(x, sides, rule.coefficients, spare)
+
+
+def whole_direction(x: Tensor, sides: Sides, rule: KernelRule, spare: Tensor | None = None) -> Tensor:
+    """As ``map_half``, with the factors multiplied in: in ``x``, or ``spare``, which is as large."""
+    x, factors = map_half(x, sides, rule, spare)
+    if factors.ndim == 1:
+        return x.mul_(factors.view(-1, 1, 1))
+    return x.mul_(factors.unsqueeze(1) if sides.along_columns else factors.unsqueeze(2))
 
 
 def apply_direction(

@@ -73,15 +73,15 @@ class Exchange:
         incoming = [_bytes_of(self.shard_shape(self.count, place), stack) for place in range(self.shards.size)]
         return self._all_to_all(sent, outgoing, incoming)
 
-    def assemble(self, pending: Pending, dtype: torch.dtype) -> Tensor:
-        """The owned matrices, whole: (count, fan_out, fan_in) of ``dtype``."""
+    def assemble(self, pending: Pending, wire: torch.dtype, out: Tensor | None = None) -> Tensor:
+        """The owned matrices, whole: (count, fan_out, fan_in) of the dtype that was sent, or in ``out``, of any."""
         arrived = pending.wait()
         if self.axis is None or self.shards.size == 1:
-            return arrived
+            return arrived if out is None else out.copy_(arrived)
         shapes = [self.shard_shape(self.count, place) for place in range(self.shards.size)]
-        cut = torch.split(arrived.view(dtype), [math.prod(shape) for shape in shapes])
+        cut = torch.split(arrived.view(wire), [math.prod(shape) for shape in shapes])
         pieces = [piece.view(shape) for piece, shape in zip(cut, shapes, strict=True)]
-        return torch.cat(pieces, dim=1 + self.axis)
+        return torch.cat(pieces, dim=1 + self.axis, out=out)
 
     def scatter(self, whole: Tensor) -> Pending:
         """Send the owned matrices' directions, (count, fan_out, fan_in), back to the ranks that hold their shards."""
