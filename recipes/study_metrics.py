@@ -276,15 +276,20 @@ def final_difference(run: Run, baseline: Run) -> float | None:
     return None if loss is None or reference is None else loss - reference
 
 
-def token_saving(run: Run, baseline: Run) -> tuple[float | None, float | None]:
-    """Return the tokens a run needs to the baseline's final smoothed training loss, and the part it saves.
+def token_saving(run: Run, baseline: Run, kind: str = "train") -> tuple[float | None, float | None]:
+    """Return the tokens a run needs to the baseline's final loss, and the part it saves.
 
     The saving is (a - b) / a with a the baseline's tokens to that loss and b the run's; negative if it needs more.
+
+    Args:
+        run, baseline: of the same seed.
+        kind: "train" for the smoothed training loss, "eval" for the validation loss.
     """
-    target = baseline.final_training_loss()
-    if target is None:
+    curve, base = (one.training() if kind == "train" else one.curve("eval", "tokens") for one in (run, baseline))
+    target = last(base)
+    if target is None or baseline.diverged_at is not None:
         return None, None
-    needed, reference = first_reached(run.training(), target), first_reached(baseline.training(), target)
+    needed, reference = first_reached(curve, target), first_reached(base, target)
     assert reference is not None
     return needed, None if needed is None else (reference - needed) / reference
 
@@ -332,7 +337,10 @@ def compare_groups(
     measured = []
     for group in groups:
         pairs = [(run, baseline.of_seed(run.seed)) for run in group.runs]
-        savings = [(None, None) if base is None else token_saving(run, base) for run, base in pairs]
+        savings, of_validation = (
+            [(None, None) if base is None else token_saving(run, base, kind) for run, base in pairs]
+            for kind in ("train", "eval")
+        )
         times = {
             target: [
                 (None, None) if base is None else speedup(run, base, target, perplexity=perplexity)
@@ -358,6 +366,8 @@ def compare_groups(
                 "accuracy": spread_of([last(run.curve("eval", "tokens", "accuracy")) for run in group.runs])._asdict(),
                 "tokens_to_baseline_loss": spread_of([needed for needed, _ in savings])._asdict(),
                 "token_saving": spread_of([saving for _, saving in savings])._asdict(),
+                "tokens_to_baseline_validation_loss": spread_of([needed for needed, _ in of_validation])._asdict(),
+                "validation_token_saving": spread_of([saving for _, saving in of_validation])._asdict(),
                 "time_to": [
                     {
                         "target": target,

@@ -48,6 +48,12 @@ def perplexity_cell(measured: Mapping[str, Any]) -> str:
     return "" if mean is None else f"{math.exp(min(mean, 700)):.2f}"
 
 
+def saving_cells(needed: Mapping[str, Any], saved: Mapping[str, Any]) -> list[str]:
+    """Format tokens to the baseline's loss, and the part of its own that they save."""
+    part = cell(saved, "+.1f", 100)
+    return [cell(needed, ",.0f", missing=NOT_REACHED), f"{part} %" if part else ""]
+
+
 def losses_table(comparison: Comparison) -> str:
     """Final losses, and tokens to the baseline's (the form of the AdaMuon paper's comparison)."""
     name = comparison.baseline.label
@@ -56,6 +62,8 @@ def losses_table(comparison: Comparison) -> str:
     has_accuracy = any(measured["accuracy"]["count"] for measured in comparison.measured)
     header += ["accuracy"] if has_accuracy else []
     header += [f"{comparison.unit} to {name}'s training loss", "saved"]
+    has_validation = any(measured["validation_loss"]["count"] for measured in comparison.measured)
+    header += [f"{comparison.unit} to its validation loss", "saved"] if has_validation else []
     rows = []
     for measured in comparison.measured:
         row = [measured["label"], f"{measured['learning_rate']:g}", str(len(measured["seeds"]))]
@@ -63,9 +71,10 @@ def losses_table(comparison: Comparison) -> str:
         row += [cell(measured["validation_loss_difference"], "+.4f")]
         row += [perplexity_cell(measured)] if comparison.perplexity else []
         row += [cell(measured["accuracy"], ".2f", 100) + " %"] if has_accuracy else []
-        row += [cell(measured["tokens_to_baseline_loss"], ",.0f", missing=NOT_REACHED)]
-        saving = cell(measured["token_saving"], "+.1f", 100, missing="")
-        rows.append([*row, f"{saving} %" if saving else ""])
+        row += saving_cells(measured["tokens_to_baseline_loss"], measured["token_saving"])
+        if has_validation:
+            row += saving_cells(measured["tokens_to_baseline_validation_loss"], measured["validation_token_saving"])
+        rows.append(row)
     return table(header, rows)
 
 
@@ -139,6 +148,12 @@ def notes(comparison: Comparison) -> list[str]:
     if any(sweep.steps for sweep in comparison.sweeps):
         steps = ", ".join(sorted({f"{sweep.steps:,}" for sweep in comparison.sweeps if sweep.steps}))
         found.append(f"Learning rates are the best of runs of {steps} steps; longer runs may want lower ones.")
+    plan = comparison.baseline.runs[0].record["plan"]
+    if plan.get("steps_per_pass") and (passes := plan["steps"] / plan["steps_per_pass"]) > 1:
+        found.append(
+            f"The runs pass over their data {passes:.1f} times, and training losses fall at the start of each pass: "
+            "the validation loss says how much was learned."
+        )
     if (preset := str(comparison.baseline.runs[0].record["identity"].get("preset"))) == "tiny":
         found.append(f"The preset `{preset}` is a smoke test, not evidence.")
     if (seeds := min(len(group.runs) for group in comparison.groups)) < 3:
@@ -176,7 +191,7 @@ def report(comparison: Comparison) -> str:
         losses_table(comparison),
         f"Losses in nats; training losses are rolling means of {WINDOW} logged values; differences are between runs "
         "with the same seed. "
-        f"{comparison.unit.capitalize()} to the last training loss of {name} with the same seed, linear between logs; "
+        f"{comparison.unit.capitalize()} to the last loss of {name} with the same seed, linear between logs; "
         "saved is (a - b) / a of its own. Mean ± standard deviation over seeds; (2 of 3) counts the runs that have a "
         "value.",
     ]

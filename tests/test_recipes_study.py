@@ -117,6 +117,10 @@ def test_token_saving_and_speedup_have_their_closed_form(tmp_path: Path) -> None
     assert saving == pytest.approx((21 - 12.5) / 21)
     assert token_saving(adamw, adamw)[1] == 0
     assert token_saving(adamw, fast) == (None, None)
+    # the baseline's last validation is at log 20, 3.1; the fast run's loss is 5 - 0.2 (n - 1): 3.1 at n = 10.5
+    needed, saving = token_saving(fast, adamw, "eval")
+    assert needed == pytest.approx(10.5 * 10 * TOKENS_PER_STEP)
+    assert saving == pytest.approx((20 - 10.5) / 20)
     # validation at steps 20, 40, ...: perplexity e^4 at the baseline's log 11 (between 10 and 12) and the other's 6
     target = math.exp(4.0)
     low, high = math.exp(5 - 0.1 * 9), math.exp(5 - 0.1 * 11)
@@ -142,6 +146,16 @@ def test_a_run_that_diverged_reaches_nothing_from_there_on(tmp_path: Path) -> No
     row = next(row for row in page.splitlines() if row.startswith("| muon |"))
     assert "diverged" in row
     assert "not reached" in row
+
+
+@pytest.mark.parametrize(("steps_per_pass", "said"), [(84, "2.5 times"), (210, None), (None, None)])
+def test_several_passes_are_said(tmp_path: Path, steps_per_pass: int | None, said: str | None) -> None:
+    folder = write_run(tmp_path / "a", "adamw_torch", line(5, 3))
+    record = json.loads((folder / "run.json").read_text())
+    record["plan"]["steps_per_pass"] = steps_per_pass
+    (folder / "run.json").write_text(json.dumps(record))
+    page = compare.report(compare_runs([load_run(folder)]))
+    assert (f"pass over their data {said}" in page) if said else ("pass over their data" not in page)
 
 
 def test_runs_are_paired_by_seed(tmp_path: Path) -> None:
