@@ -1,6 +1,7 @@
 """Links, ``optimizer.step()`` and Trainer on several GPUs: matrices that ranks share out, beside other ways.
 
     torchrun --nproc_per_node 2 benchmarks/distributed_step.py --models qwen2.5-1.5b,qwen2.5-7b --json two.json
+    torchrun --nproc_per_node 2 benchmarks/distributed_step.py --models qwen2.5-1.5b,llama-13b --json two.json --resume
     torchrun --nproc_per_node 4 benchmarks/distributed_step.py --no-links --no-step_alone --trainer
     torchrun --nproc_per_node 2 benchmarks/distributed_step.py --device cpu --models demo --link_mib 1    # a trial
 
@@ -22,12 +23,13 @@ overlap. One process's step is that of DDP where every rank does all. Ratios are
 
 NVLink multicast is switched off (NCCL_NVLS_ENABLE=0). Rank 0 reports progress and prints the tables; the file of
 --json is written after every run and holds ``settings``, ``links``, ``steps`` (for each model ``runs``: milliseconds
-of each step, bytes) and ``trainer``. What fails on all ranks alike is reported, and the next contender is run; any
-other failure, and one of matrices that are shared out, ends the run, after --timeout seconds at the latest.
+of each step, bytes) and ``trainer``; with --resume what it holds already is not measured again.
+
+What fails on all ranks alike is reported, and the next contender is run; any other failure, and one of matrices that
+are shared out, ends the run, after --timeout seconds at the latest.
 """
 
 import argparse
-import json
 import statistics
 import sys
 from collections.abc import Callable
@@ -64,6 +66,7 @@ from distributed_contenders import (
     recorded_messages,
     with_params,
 )
+from distributed_results import check_resume, new_or_saved, saved_steps, write
 from optimizer_step import meta_groups, rounded
 from process_group import FailedOnAllRanksError, OutOfStepError, Processes, RanksParser, check_ranks, processes
 from step_floor import copy_bytes_per_second, matrix_shapes, step_flops
@@ -78,11 +81,12 @@ Writer = Callable[[dict[str, Any]], None]
 # ---- links ----
 
 
-def measure_links(ranks: Processes, args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Each collective at each size; nothing with one rank."""
-    links = []
+def measure_links(ranks: Processes, args: argparse.Namespace, saved: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Each collective at each size that is not saved; nothing with one rank."""
+    links = [*saved]
+    known = {(link["collective"], link["mib"]) for link in saved}
     for collective in ("all_to_all_single", "all_gather") if ranks.size > 1 else ():
-        for mib in args.link_mib:
+        for mib in (mib for mib in args.link_mib if (collective, mib) not in known):
             total = mib * 2**20 // ranks.size * ranks.size
             every = ranks.together(partial(_time_link, collective, total, ranks))
             milliseconds = [max(step) for step in zip(*every, strict=True)]
@@ -124,24 +128,28 @@ def link_table(links: list[dict[str, Any]]) -> str:
 
 
 def measure_steps(
-    model: str, groups: Groups, links: list[dict[str, Any]], ranks: Processes, args: argparse.Namespace, write: Writer
+    model: str,
+    groups: Groups,
+    links: list[dict[str, Any]],
+    ranks: Processes,
+    args: argparse.Namespace,
+    write: Writer,
+    saved: dict[str, Any] | None,
 ) -> dict[str, Any]:
-    """All contenders on the matrices of one model; ``write`` is called with what there is after each."""
-    shapes = matrix_shapes(groups, split=True)
-    copies = ranks.together(partial(copy_bytes_per_second, ranks.device))
-    release_memory(ranks.device)
-    result: dict[str, Any] = {
-        "model": model,
-        "layers": args.layers,
-        "matrices": len(shapes),
-        "elements": sum(short * long for short, long in shapes),
-        "flops": {rule: sum(step_flops(rule, *shape) for shape in shapes) for rule in RULES},
-        "peaks": {"copy_bytes_per_second": min(copies)},
-        "runs": [],
-    }
+    """All contenders on the matrices of one model; ``write`` is called with what there is after each.
+
+    Args:
+        saved: what there is from an earlier run; gone on with.
+    """
+    result = saved or _nothing_yet(model, groups, ranks, args)
     write(result)
     matrices = SeededMatrices([p.shape for group in groups for p in group["params"]], ranks.device)
-    contenders = contenders_of(args.schemes, args.optimizers, kernels=args.kernels, cuda_graph=args.cuda_graph)
+    done = {(run["engine"], run["scheme"], run["rule"]) for run in result["runs"]}
+    contenders = [
+        contender
+        for contender in contenders_of(args.schemes, args.optimizers, kernels=args.kernels, cuda_graph=args.cuda_graph)
+        if (contender.engine, contender.scheme, contender.rule) not in done
+    ]
     for engine in dict.fromkeys(contender.engine for contender in contenders):
         box: list[Held] = []  # a name of its own would keep the last engine's parameters while the next are made
         problem = ""
@@ -173,6 +181,21 @@ def measure_steps(
     return result
 
 
+def _nothing_yet(model: str, groups: Groups, ranks: Processes, args: argparse.Namespace) -> dict[str, Any]:
+    shapes = matrix_shapes(groups, split=True)
+    copies = ranks.together(partial(copy_bytes_per_second, ranks.device))
+    release_memory(ranks.device)
+    return {
+        "model": model,
+        "layers": args.layers,
+        "matrices": len(shapes),
+        "elements": sum(short * long for short, long in shapes),
+        "flops": {rule: sum(step_flops(rule, *shape) for shape in shapes) for rule in RULES},
+        "peaks": {"copy_bytes_per_second": min(copies)},
+        "runs": [],
+    }
+
+
 def _make(engine: str, matrices: SeededMatrices, box: list[Held]) -> None:
     box.append(ENGINES[engine](matrices))
 
@@ -183,6 +206,7 @@ def measure_one(
     """This rank's measurements of one contender."""
     device = matrices.device
     held.reset()
+    before = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
     optimizer = contender.build(with_params(groups, held.params))
     for _ in range(CHECKED_STEPS):
         optimizer.step()
@@ -192,23 +216,23 @@ def measure_one(
     for _ in range(args.warmup):
         optimizer.step()
     synchronize(device)
-    before = 0
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
     milliseconds, host_milliseconds = [], []
     for _ in range(args.steps):
         dist.barrier()
         whole, host = timed(optimizer.step, device)
         milliseconds.append(whole)
         host_milliseconds.append(host)
+    state_bytes = held_state_bytes(optimizer, held.params)
+    extra = max(0, torch.cuda.max_memory_allocated(device) - before - state_bytes) if device.type == "cuda" else None
     return {
         "milliseconds": milliseconds,
         "host_milliseconds": host_milliseconds,
         "error": error,
         "messages": [vars(message) for message in messages],
-        "state_bytes": held_state_bytes(optimizer, held.params),
-        "extra_peak_bytes": torch.cuda.max_memory_allocated(device) - before if device.type == "cuda" else None,
+        "state_bytes": state_bytes,
+        "extra_peak_bytes": extra,  # of a step, and what graphs hold between steps
     }
 
 
@@ -302,39 +326,38 @@ def step_table(result: dict[str, Any], settings: dict[str, Any]) -> str:
 
 def measure(ranks: Processes, args: argparse.Namespace) -> dict[str, Any]:
     """All that was asked for; tables are printed as they are known."""
-    everything: dict[str, Any] = {"settings": settings_of(ranks, args), "links": [], "steps": [], "trainer": None}
+    everything = new_or_saved(args.json, settings_of(ranks, args), ranks, resume=args.resume)
 
-    def write() -> None:
+    def write_all() -> None:
         if args.json and ranks.rank == 0:
-            args.json.write_text(json.dumps(everything, indent=1) + "\n")
+            write(args.json, everything)
 
     def show(text: str) -> None:
         if ranks.rank == 0:
             print(f"{text}\n", flush=True)
 
     if args.links:
-        everything["links"] = measure_links(ranks, args)
-        write()
+        everything["links"] = measure_links(ranks, args, everything["links"])
+        write_all()
         show(link_table(everything["links"]) if ranks.size > 1 else "One rank has no links.")
     for model, groups in args.groups.items() if args.step_alone else ():
+        saved = saved_steps(everything, model, args.layers)
         everything["steps"].append({})
 
         def write_steps(result: dict[str, Any]) -> None:
             everything["steps"][-1] = result
-            write()
+            write_all()
 
-        show(
-            step_table(
-                measure_steps(model, groups, everything["links"], ranks, args, write_steps), everything["settings"]
-            )
-        )
+        stepped = measure_steps(model, groups, everything["links"], ranks, args, write_steps, saved)
+        show(step_table(stepped, everything["settings"]))
     if args.trainer:
 
         def write_trainer(result: dict[str, Any]) -> None:
             everything["trainer"] = result
-            write()
+            write_all()
 
-        show(distributed_training.table(distributed_training.train_all(ranks, args, write_trainer), ranks.size))
+        trained = distributed_training.train_all(ranks, args, write_trainer, everything)
+        show(distributed_training.table(trained, ranks.size))
     return everything
 
 
@@ -397,7 +420,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--windows", type=int, default=3, help="timed windows of Trainer. Default: %(default)s")
     add("--nan_filter", action=on_off, default=True, help="Trainer's logging_nan_inf_filter. Default: on")
     add("--timeout", type=float, default=300.0, help="seconds that a rank waits for the others. Default: 300")
-    add("--json", type=Path, help="write all times (milliseconds) and bytes to this file")
+    add("--json", type=Path, help="write all times (milliseconds) and bytes to this file, after every run")
+    add("--resume", action="store_true", help="go on with the file of --json: what it holds is not measured again")
     args = parser.parse_args(argv)
 
     for name, least in (
@@ -416,6 +440,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     args.schemes = names_of(parser, "--schemes", args.schemes, SCHEME_NAMES)
     args.optimizers = names_of(parser, "--optimizers", args.optimizers, RULES)
     check_output(parser, args.json)
+    check_resume(parser, args.json, args.resume)
     args.rank, args.device = check_ranks(parser, args.device)
     if args.cuda_graph and (args.device.type == "cpu" or args.kernels == "torch"):
         parser.error("--cuda_graph is for the GPU kernels: leave it out, or use --device cuda and --kernels auto")

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from device_timing import release_memory
+from distributed_results import saved_training
 from process_group import FailedOnAllRanksError, Processes
 from training_loops import OptimizerChoice, TokenRows, WindowClock, build_config, build_model, train_with_trainer
 
@@ -56,8 +57,14 @@ def train_once(choice: OptimizerChoice, rows: TokenRows, args: argparse.Namespac
     }
 
 
-def train_all(ranks: Processes, args: argparse.Namespace, write: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
-    """Train with each optimizer; ``write`` is called with what there is after each."""
+def train_all(
+    ranks: Processes, args: argparse.Namespace, write: Callable[[dict[str, Any]], None], saved: dict[str, Any]
+) -> dict[str, Any]:
+    """Train with each optimizer; ``write`` is called with what there is after each.
+
+    Args:
+        saved: what an earlier run may have left, see ``distributed_results``.
+    """
     steps = args.warmup + args.window_steps * args.windows
     rows = random_rows(args.trainer_model, args.context, args.batch * ranks.size * steps)
     result: dict[str, Any] = {
@@ -69,8 +76,10 @@ def train_all(ranks: Processes, args: argparse.Namespace, write: Callable[[dict[
         "window_steps": args.window_steps,
         "runs": [],
     }
+    result = saved_training(saved, result)
     write(result)
-    for choice in args.trainer_optimizers:
+    done = {run["optimizer"] for run in result["runs"]}
+    for choice in (choice for choice in args.trainer_optimizers if choice.text not in done):
         run: dict[str, Any] = {"optimizer": choice.text}
         try:
             every = ranks.together(partial(train_once, choice, rows, args))

@@ -31,6 +31,7 @@ from communication import (
 )
 from contenders import fresh
 from distributed_contenders import CLASSES, ENGINES, SeededMatrices, contenders_of, largest_error, with_params
+from distributed_results import new_or_saved, saved_training
 from optimizer_step import meta_groups
 from process_group import FailedOnAllRanksError, OutOfStepError, Processes
 
@@ -55,13 +56,16 @@ def ran(tmp_path_factory) -> dict[str, Any]:
         hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2
     )
     config.save_pretrained(folder)
-    path = folder / "run.json"
+    return {**run_everything(folder, folder / "run.json"), "folder": folder}
+
+
+def run_everything(folder: Path, path: Path, *more: str) -> dict[str, Any]:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     arguments = ["--device", "cpu", "--models", str(folder), "--layers", "1", "--link_mib", "1,2", "--timeout", "60"]
     short = ["--steps", "3", "--warmup", "1", "--context", "16", "--window_steps", "2", "--windows", "1"]
     script = str(ROOT / "benchmarks" / "distributed_step.py")
     done = subprocess.run(
-        [*command, script, *arguments, *short, *TRAINING, "--json", str(path)],
+        [*command, script, *arguments, *short, *TRAINING, "--json", str(path), *more],
         capture_output=True, text=True, timeout=180, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
@@ -133,6 +137,57 @@ def test_trainer_speed(ran):
         assert 0 < run["mean_loss"] < 20
 
 
+def test_resume_measures_what_the_file_lacks_and_keeps_the_rest(ran, tmp_path):
+    parts = ("settings", "links", "steps", "trainer")
+    saved = json.loads(json.dumps({key: ran[key] for key in parts}))
+    del saved["links"][1], saved["trainer"]["runs"][1]
+    runs = saved["steps"][0]["runs"]
+    (gone,) = (run for run in runs if (run["scheme"], run["rule"]) == ("fsdp2_all_to_all", "mud"))
+    runs.remove(gone)
+    runs[0] = {key: runs[0][key] for key in ("engine", "scheme", "rule", "label")} | {"error": "out of memory"}
+    path = tmp_path / "run.json"
+    path.write_text(json.dumps(saved))
+    found = run_everything(ran["folder"], path, "--resume")
+    assert found["settings"].pop("resumed") == [found["settings"]["date"]]
+    assert found["settings"] == ran["settings"]
+    key = ("engine", "scheme", "rule")
+    before, after = ({tuple(run[k] for k in key): run for run in each["steps"][0]["runs"]} for each in (ran, found))
+    assert before.keys() == after.keys()
+    anew = {name for name in after if after[name] != before[name]}
+    assert anew == {("fsdp2", "fsdp2_all_to_all", "mud"), ("ddp", "adamw", "adamw")}
+    assert all(after[name]["is_right"] for name in anew)
+    assert [link for link in found["links"] if link in ran["links"]] == saved["links"]
+    assert len(found["links"]) == len(ran["links"])
+    assert found["trainer"]["runs"][0] == ran["trainer"]["runs"][0]
+    assert [run["optimizer"] for run in found["trainer"]["runs"]] == ["adamw", "mud"]
+    assert found["stderr"].count("FSDP2, all-to-all, m") == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "is no file of distributed_step.py --json"),
+        ("{}", "is no file of distributed_step.py --json"),
+        ('{"settings": {"steps": 3}, "links": [], "steps": [], "trainer": null}', "has steps=3, and this is 10"),
+    ],
+)
+def test_a_file_that_cannot_be_gone_on_with_is_left_alone(text, message, tmp_path):
+    path = tmp_path / "run.json"
+    path.write_text(text)
+    alone = Processes(0, 1, CPU, torch.distributed.HashStore())
+    with pytest.raises(OutOfStepError, match=message):
+        new_or_saved(path, {"steps": 10, "date": "today"}, alone, resume=True)
+    assert path.read_text() == text
+
+
+def test_trainers_runs_of_other_settings_are_not_lost():
+    saved = {"trainer": {"model": "demo", "batch": 2, "runs": [{"optimizer": "mud"}]}}
+    assert saved_training(saved, {"model": "demo", "batch": 2, "runs": []})["runs"] == [{"optimizer": "mud"}]
+    with pytest.raises(OutOfStepError, match="with batch=2, not 4"):
+        saved_training(saved, {"model": "demo", "batch": 4, "runs": []})
+    assert saved_training({"trainer": None}, {"model": "demo", "runs": []}) == {"model": "demo", "runs": []}
+
+
 def test_one_rank_speaks(ran):
     assert ran["stdout"].count("| ranks hold | optimizer |") == 1
     assert ran["stdout"].count("| FSDP2, all-to-all | muon |") == 1
@@ -170,6 +225,10 @@ def test_the_file_is_input_to_the_model(ran, tmp_path, capsys):
         (["--trainer", "--trainer_optimizers", "sgd"], "unknown optimizer 'sgd'"),
         (["--trainer", "--trainer_model", "qwen"], "model 'qwen' is not one of demo"),
         (["--json", "no_such_folder/x.json"], "--json no_such_folder/x.json"),
+        (["--json", str(ROOT / "pyproject.toml")], "pyproject.toml exists: add --resume to go on with it"),
+        (["--resume"], "--resume goes on with a file of results: name it with --json"),
+        (["--json", str(ROOT / "pyproject.toml")], "pyproject.toml exists: add --resume to go on with it"),
+        (["--resume"], "--resume goes on with a file of results: name it with --json"),
         (["--cuda_graph"], "--cuda_graph is for the GPU kernels: leave it out, or use --device cuda"),
         (["--step", "2"], "unrecognized arguments: --step 2"),
     ],
