@@ -227,8 +227,6 @@ def test_the_file_is_input_to_the_model(ran, tmp_path, capsys):
         (["--json", "no_such_folder/x.json"], "--json no_such_folder/x.json"),
         (["--json", str(ROOT / "pyproject.toml")], "pyproject.toml exists: add --resume to go on with it"),
         (["--resume"], "--resume goes on with a file of results: name it with --json"),
-        (["--json", str(ROOT / "pyproject.toml")], "pyproject.toml exists: add --resume to go on with it"),
-        (["--resume"], "--resume goes on with a file of results: name it with --json"),
         (["--cuda_graph"], "--cuda_graph is for the GPU kernels: leave it out, or use --device cuda"),
         (["--step", "2"], "unrecognized arguments: --step 2"),
     ],
