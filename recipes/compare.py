@@ -1,9 +1,10 @@
 """Compare training runs: losses, tokens and seconds to a loss, throughput.
 
-    python recipes/compare.py RUN_FOLDER... [--output_dir out/comparison]
+    python recipes/compare.py RUN_FOLDER... [--sweep RUN_FOLDER...] [--output_dir out/comparison]
 
 A run folder is what a recipe or the study wrote (``run.json`` and ``log.jsonl``), finished or not. Runs of the same
-optimizer and learning rate are seeds of one group. Writes ``report.md``, ``curves.png`` and ``metrics.json``.
+optimizer and learning rate are seeds of one group; --sweep adds a table of learning rates. Writes ``report.md``,
+``curves.png`` and ``metrics.json``.
 """
 
 import argparse
@@ -12,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from recipe_error import RecipeError
-from study_comparison import compare
+from study_comparison import compare, sweeps_of
 from study_metrics import load_run
 from study_report import REPORT_FILE, check_report_folder, report, write_report
 
@@ -25,11 +26,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--targets", help="validation perplexities (losses for images), comma-separated, for the table of seconds"
     )
+    parser.add_argument(
+        "--sweep", nargs="+", type=Path, default=[], metavar="RUN_FOLDER", help="by which learning rates were found"
+    )
     arguments = parser.parse_args(argv)
     try:
         targets = numbers(arguments.targets, "--targets")
         check_report_folder(arguments.output_dir)
-        comparison = compare([load_run(run) for run in arguments.runs], baseline=arguments.baseline, targets=targets)
+        runs, swept = ([load_run(folder) for folder in folders] for folders in (arguments.runs, arguments.sweep))
+        sweeps = sweeps_of(swept, {run.record["plan"]["steps"] for run in runs})
+        comparison = compare(runs, baseline=arguments.baseline, targets=targets, sweeps=sweeps)
         write_report(comparison, arguments.output_dir)
     except RecipeError as error:
         print("error:", *str(error).split(), file=sys.stderr)  # on one line

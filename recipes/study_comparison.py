@@ -1,6 +1,6 @@
 """Runs of several optimizers measured against one of them, and the sweeps that found their learning rates."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +30,28 @@ class Sweep:
     def is_bracketed(self) -> bool:
         """Whether a lower and a higher learning rate were worse."""
         return min(self.losses) < self.best < max(self.losses)
+
+
+def sweeps_of(runs: Sequence[Run], lengths: Collection[int]) -> list[Sweep]:
+    """Read sweeps off the runs they were made of, one for each optimizer.
+
+    Args:
+        runs: at several learning rates; the mean of those at the same rate counts.
+        lengths: steps of the runs that are compared.
+
+    Raises:
+        RecipeError: if they differ in length, or two have the same optimizer, learning rate and seed.
+    """
+    by_optimizer: dict[str, dict[float, float]] = {}
+    for group in group_runs(runs):
+        by_optimizer.setdefault(group.runs[0].optimizer, {})[group.learning_rate] = group.loss()
+    steps = {run.record["plan"]["steps"] for run in runs}
+    if len(steps) > 1:
+        raise RecipeError(f"the runs of the sweep have {', '.join(map(str, sorted(steps)))} steps: give those of one")
+    return [
+        Sweep(optimizer, dict(sorted(losses.items())), None if steps <= {*lengths} else min(steps))
+        for optimizer, losses in by_optimizer.items()
+    ]
 
 
 @dataclass(frozen=True)

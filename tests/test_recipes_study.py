@@ -252,6 +252,20 @@ def test_compare_writes_the_report_the_picture_and_the_metrics(tmp_path: Path, c
     assert all(len(np.unique(third.reshape(-1, 3), axis=0)) > 50 for third in thirds)  # something is drawn in each
 
 
+def test_compare_reads_sweeps_off_their_runs(tmp_path: Path, capsys: Any) -> None:
+    run = write_run(tmp_path / "run", "mud", line(5, 3), rate=2e-3)
+    ends = {4e-3: [*line(5, 4, 9), None], 1e-3: line(5, 4, 10), 2e-3: line(5, 3.5, 10)}
+    swept = [write_run(tmp_path / f"{rate}", "mud", losses, rate=rate) for rate, losses in ends.items()]
+    argv = [str(run), "--sweep", *map(str, swept), "--output_dir", str(tmp_path / "out")]
+    assert compare.main(argv) == 0
+    page = capsys.readouterr().out
+    assert "| mud | 4.0000 | **3.5000** | diverged | 0.002 | yes |" in page
+    assert "Learning rates are the best of runs of 100 steps" in page
+    argv[-3:-2] = [str(run)]
+    assert compare.main(argv) == 2
+    assert "the runs of the sweep have 100, 210 steps" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [
