@@ -21,7 +21,7 @@ import torch
 from flag_checks import check_one_gpu, exit_status
 from recipe_arguments import Preset, RecipeArguments, parse_arguments
 from recipe_error import REFUSALS, RecipeError
-from recipe_trainer import PretrainingTrainer, stream_state_file
+from recipe_trainer import ClippingPretrainingTrainer, PretrainingTrainer, stream_state_file
 from run_description import check_attention, describe, explain_partition, show_dry_run, total_peak_flops
 from run_folder import (
     check_output_folder,
@@ -160,8 +160,9 @@ def train(
     run["resumed_from"] = checkpoint
     samples = data.training(order_seed, plan.steps * plan.sequences_per_step)
     log = RunLog(folder)
+    clipping = partial(ClippingPretrainingTrainer, clip=arguments.clip)
     make_trainer = partial(
-        PretrainingTrainer,
+        PretrainingTrainer if arguments.clip == "all" else clipping,
         model=model,
         args=training,
         train_dataset=samples,

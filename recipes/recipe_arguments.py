@@ -4,11 +4,14 @@ import argparse
 import sys
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, get_args
 
 from flag_checks import check_length_and_seeds, check_optim_args, given_flags, nearest
 from recipe_error import REFUSALS, RecipeError
 from transformers import HfArgumentParser, PretrainedConfig, TrainingArguments
+
+from hf_matrix_optim.options import OPTIMIZER_NAMES
+from hf_matrix_optim.trainer import ClipPolicy
 
 # Flags of which a person gives one; it then replaces whatever the preset says in its row.
 ONE_OF = (
@@ -129,6 +132,13 @@ class RecipeArguments:
     )
     floor: float = field(
         default=0.0, metadata={"help": "Lowest learning rate after the warm-up, as a fraction of --learning_rate."}
+    )
+    clip: str = field(
+        default="all",
+        metadata={
+            "help": "Whose gradients --max_grad_norm bounds: all, or adamw_only, which leaves those of the matrices "
+            "as they are."
+        },
     )
     attention: str | None = field(
         default=None,
@@ -275,7 +285,26 @@ def check_values(arguments: argparse.Namespace, task: str, given: Collection[str
                 raise RecipeError(f"--{name} is {value}; it must be at least {lowest} and finite")
     check_length_and_seeds(arguments, given)
     check_optim_args(arguments.optim, arguments.optim_args)
+    check_clip(arguments)
     check_schedule(arguments)
+
+
+def check_clip(arguments: argparse.Namespace) -> None:
+    """Refuse a clipping that there is not, or not for the optimizer.
+
+    Raises:
+        RecipeError: naming the flag.
+    """
+    policies = get_args(ClipPolicy)
+    if arguments.clip not in policies:
+        raise RecipeError(f"--clip {arguments.clip}: it is one of {', '.join(policies)}")
+    if arguments.clip != "all" and arguments.optim not in OPTIMIZER_NAMES:
+        raise RecipeError(
+            f"--clip {arguments.clip}: --optim {arguments.optim} has no matrices; choose one of "
+            f"{', '.join(OPTIMIZER_NAMES)}, or leave --clip out"
+        )
+    if arguments.clip != "all" and not arguments.max_grad_norm > 0:
+        raise RecipeError(f"--clip {arguments.clip} has no effect with --max_grad_norm {arguments.max_grad_norm:g}")
 
 
 def check_schedule(arguments: argparse.Namespace) -> None:

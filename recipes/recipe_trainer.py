@@ -20,6 +20,8 @@ from training_clock import TrainingClock
 from transformers import EvalPrediction, PreTrainedModel, Trainer
 from transformers.modeling_outputs import ModelOutput
 
+from hf_matrix_optim.trainer import MatrixTrainerMixin
+
 IGNORED = -100
 TRAINER_STATE_FILE = "trainer_state.json"
 
@@ -292,6 +294,10 @@ class PretrainingTrainer(Trainer):
             super()._load_best_model()
         else:
             load_weights(self.model, str(self.state.best_model_checkpoint))
+
+
+class ClippingPretrainingTrainer(MatrixTrainerMixin, PretrainingTrainer):
+    """The same, with ``clip`` of ``MatrixTrainer``."""
 
 
 def load_weights(model: PreTrainedModel, folder: str) -> None:

@@ -68,6 +68,7 @@ def describe(
             "tokenizer": None if tokenizer is None else tokenizer_fingerprint(tokenizer),
             "data": None if data is None else data.fingerprint,
             "block_size": arguments.block_size,
+            "clip": None if arguments.clip == "all" else arguments.clip,
             **training_identity(training, plan),
         },
         "flops_per_token": flops_per_token,

@@ -51,9 +51,10 @@ class Run:
 
     @property
     def optimizer(self) -> str:
-        """Name of the optimizer, with its options if it was given any."""
+        """Name of the optimizer, with its options and clipping if it was given any."""
         identity = self.record["identity"]
-        options = identity.get("optim_args")
+        clip = f"clip={identity['clip']}" if identity.get("clip") else None
+        options = ", ".join(filter(None, (identity.get("optim_args"), clip)))
         return f"{identity['optim']} ({options})" if options else str(identity["optim"])
 
     @property

@@ -221,6 +221,40 @@ def test_a_run_is_not_resumed_with_other_settings(
     assert contents(output) == before
 
 
+def test_gradients_of_matrices_can_be_left_unclipped(
+    text: Path, cache: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    more = (
+        "--optim",
+        "muon",
+        "--max_steps",
+        "4",
+        "--max_grad_norm",
+        "0.01",
+        "--logging_steps",
+        "1",
+        "--save_steps",
+        "2",
+    )
+    argv = flags(text, cache, tmp_path / "all", *more)
+    assert run(argv) == 0
+    clipping = (*more, "--clip", "adamw_only")
+    argv = flags(text, cache, tmp_path / "adamw_only", *clipping)
+    assert run([*argv, "--stop_after", "2"]) == 0
+    assert (
+        run([*argv[: argv.index("--clip")], *argv[argv.index("--clip") + 2 :], "--resume_from_checkpoint", "auto"])
+        == 2
+    )
+    assert "clip was 'adamw_only' and is now None" in capsys.readouterr().err
+    assert run([*argv, "--resume_from_checkpoint", "auto"]) == 0
+    every, adamw_only = losses(tmp_path / "all"), losses(tmp_path / "adamw_only")
+    assert every[0] == adamw_only[0]
+    assert every[-1] != pytest.approx(adamw_only[-1], abs=1e-5)
+    whole = flags(text, cache, tmp_path / "whole", *clipping)
+    assert run(whole) == 0
+    assert_same_weights(tmp_path / "whole", tmp_path / "adamw_only")
+
+
 def test_a_constant_rate_can_be_trained_longer(text: Path, cache: str, tmp_path: Path) -> None:
     argv = flags(text, cache, tmp_path / "out", "--optim", "mud", "--schedule", "warmup_stable", "--save_steps", "3")
     assert run(argv) == 0
