@@ -4,10 +4,13 @@ import argparse
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from device_timing import first_line
 from process_group import OutOfStepError, Processes
 
+Each = TypeVar("Each")
+PARTS = ("settings", "links", "steps", "trainer")
 #: Of the settings: what may be another when a file is gone on with.
 MAY_DIFFER = ("date", "resumed")
 
@@ -33,43 +36,60 @@ def _read(path: Path, settings: dict[str, Any]) -> dict[str, Any]:
         return {}
     try:
         everything = json.loads(path.read_text(encoding="utf-8"))
-        saved = everything["settings"]
-        assert {"links", "steps", "trainer"} <= everything.keys()
-    except (OSError, ValueError, KeyError, TypeError, AssertionError) as error:
-        return {"problem": f"is no file of distributed_step.py --json ({type(error).__name__}): give another name"}
-    for key in (settings.keys() | saved.keys()) - {*MAY_DIFFER}:
+        check_form(everything)
+    except (OSError, ValueError, TypeError) as error:
+        return {"problem": f"is no file of distributed_step.py --json ({first_line(error)}): give another name"}
+    saved = everything["settings"]
+    for key in sorted((settings.keys() | saved.keys()) - {*MAY_DIFFER}):
         if saved.get(key) != settings.get(key):
             return {"problem": f"has {key}={saved.get(key)}, and this is {settings.get(key)}: give another name"}
     saved["resumed"] = [*saved.get("resumed", []), settings["date"]]
-    return {key: everything[key] for key in ("settings", "links", "steps", "trainer")}
+    return {key: everything[key] for key in PARTS}
+
+
+def check_form(everything: Any) -> None:
+    """Raise ValueError if it is not what ``write`` has written, as far as it is read here."""
+    if not isinstance(everything, dict) or not {*PARTS} <= everything.keys():
+        raise ValueError(f"it must have {', '.join(PARTS)}")
+    entries = [
+        *((link, "links", ("collective", "mib", "sent_bytes", "milliseconds")) for link in everything["links"]),
+        *((result, "steps", ("model", "layers", "peaks", "runs")) for result in everything["steps"]),
+        *(((everything["trainer"], "trainer", ("model", "runs")),) if everything["trainer"] is not None else ()),
+        (everything["settings"], "settings", ()),
+    ]
+    for entry, part, keys in entries:
+        if not isinstance(entry, dict) or not {*keys} <= entry.keys():
+            raise ValueError(f"its {part} lack {', '.join(keys)}" if keys else f"its {part} are no object")
 
 
 def saved_steps(everything: dict[str, Any], model: str, layers: int | None) -> dict[str, Any] | None:
-    """The results of a model, without what failed; taken out of ``everything``."""
+    """The results of a model, taken out of ``everything``."""
     for index, result in enumerate(everything["steps"]):
         if (result["model"], result["layers"]) == (model, layers):
-            return {**everything["steps"].pop(index), "runs": _finished(result)}
+            found: dict[str, Any] = everything["steps"].pop(index)
+            return found
     return None
 
 
-def saved_training(everything: dict[str, Any], result: dict[str, Any]) -> dict[str, Any]:
-    """A result of Trainer that is to be filled: with the runs of the same settings that there are.
+def check_training(everything: dict[str, Any], asked: dict[str, Any]) -> None:
+    """Refuse to add to runs of Trainer with other settings, which would be lost.
 
     Raises:
-        OutOfStepError: if those that there are have others; they would be lost.
+        OutOfStepError: on all ranks, naming the setting.
     """
-    saved = everything["trainer"]
-    if saved is None:
-        return result
-    for key in result.keys() - {"runs"}:
-        if saved[key] != result[key]:
-            message = f"--resume: the file has Trainer's runs with {key}={saved[key]}, not {result[key]}: give another"
+    for key in (asked.keys() if everything["trainer"] is not None else set()) - {"runs"}:
+        saved = everything["trainer"].get(key)
+        if saved != asked[key]:
+            message = f"--resume: the file has Trainer's runs with {key}={saved}, not {asked[key]}: give another"
             raise OutOfStepError(message, is_known_to_all=True)
-    return {**result, "runs": _finished(saved)}
 
 
-def _finished(result: dict[str, Any]) -> list[dict[str, Any]]:
-    return [run for run in result["runs"] if "error" not in run]
+def left_to_run(runs: list[dict[str, Any]], asked: dict[tuple[Any, ...], Each], key: tuple[str, ...]) -> list[Each]:
+    """What is asked for and has not been measured; what had failed of it is taken out of ``runs``."""
+    done = {tuple(run[name] for name in key) for run in runs if "error" not in run}
+    left = {name: each for name, each in asked.items() if name not in done}
+    runs[:] = [run for run in runs if "error" not in run or tuple(run[name] for name in key) not in left]
+    return list(left.values())
 
 
 def check_resume(parser: argparse.ArgumentParser, path: Path | None, resume: bool) -> None:

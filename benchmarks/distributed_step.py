@@ -52,7 +52,7 @@ from communication import (
     plan_of,
 )
 from contenders import Groups, fresh
-from device_timing import check_output, environment, first_line, release_memory, synchronize, timed
+from device_timing import check_output, environment, first_line, graph_pool_bytes, release_memory, synchronize, timed
 from distributed_contenders import (
     CHECKED_STEPS,
     ENGINES,
@@ -66,12 +66,13 @@ from distributed_contenders import (
     recorded_messages,
     with_params,
 )
-from distributed_results import check_resume, new_or_saved, saved_steps, write
+from distributed_results import check_resume, check_training, left_to_run, new_or_saved, saved_steps, write
 from optimizer_step import meta_groups, rounded
 from process_group import FailedOnAllRanksError, OutOfStepError, Processes, RanksParser, check_ranks, processes
 from step_floor import copy_bytes_per_second, matrix_shapes, step_flops
 from training_loops import OptimizerChoice
 
+import hf_matrix_optim
 from hf_matrix_optim.sharding.exchange import all_gather
 
 LINK_REPETITIONS = 10
@@ -144,12 +145,11 @@ def measure_steps(
     result = saved or _nothing_yet(model, groups, ranks, args)
     write(result)
     matrices = SeededMatrices([p.shape for group in groups for p in group["params"]], ranks.device)
-    done = {(run["engine"], run["scheme"], run["rule"]) for run in result["runs"]}
-    contenders = [
-        contender
+    asked = {
+        (contender.engine, contender.scheme, contender.rule): contender
         for contender in contenders_of(args.schemes, args.optimizers, kernels=args.kernels, cuda_graph=args.cuda_graph)
-        if (contender.engine, contender.scheme, contender.rule) not in done
-    ]
+    }
+    contenders = left_to_run(result["runs"], asked, ("engine", "scheme", "rule"))
     for engine in dict.fromkeys(contender.engine for contender in contenders):
         box: list[Held] = []  # a name of its own would keep the last engine's parameters while the next are made
         problem = ""
@@ -224,8 +224,10 @@ def measure_one(
         whole, host = timed(optimizer.step, device)
         milliseconds.append(whole)
         host_milliseconds.append(host)
-    state_bytes = held_state_bytes(optimizer, held.params)
-    extra = max(0, torch.cuda.max_memory_allocated(device) - before - state_bytes) if device.type == "cuda" else None
+    state_bytes, extra = held_state_bytes(optimizer, held.params), None
+    if device.type == "cuda":
+        beside_state = torch.cuda.max_memory_allocated(device) - before - state_bytes
+        extra = max(0, beside_state) + graph_pool_bytes(device)
     return {
         "milliseconds": milliseconds,
         "host_milliseconds": host_milliseconds,
@@ -327,6 +329,8 @@ def step_table(result: dict[str, Any], settings: dict[str, Any]) -> str:
 def measure(ranks: Processes, args: argparse.Namespace) -> dict[str, Any]:
     """All that was asked for; tables are printed as they are known."""
     everything = new_or_saved(args.json, settings_of(ranks, args), ranks, resume=args.resume)
+    if args.trainer:
+        check_training(everything, distributed_training.result_of(args))
 
     def write_all() -> None:
         if args.json and ranks.rank == 0:
@@ -370,7 +374,8 @@ def settings_of(ranks: Processes, args: argparse.Namespace) -> dict[str, Any]:
         "warmup": args.warmup,
         "steps": args.steps,
         "kernels": args.kernels,
-        "cuda_graph": args.cuda_graph,
+        "cuda_graph": args.cuda_graph if args.step_alone else None,  # of Trainer's optimizers their names say it
+        "package": hf_matrix_optim.__version__,
         **environment(ranks.device),
     }
 

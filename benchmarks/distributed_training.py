@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from device_timing import release_memory
-from distributed_results import saved_training
+from distributed_results import left_to_run
 from process_group import FailedOnAllRanksError, Processes
 from training_loops import OptimizerChoice, TokenRows, WindowClock, build_config, build_model, train_with_trainer
 
@@ -57,6 +57,20 @@ def train_once(choice: OptimizerChoice, rows: TokenRows, args: argparse.Namespac
     }
 
 
+def result_of(args: argparse.Namespace) -> dict[str, Any]:
+    """Trainer's settings, and no runs yet."""
+    return {
+        "model": args.trainer_model,
+        "engine": args.engine,
+        "batch": args.batch,
+        "context": args.context,
+        "nan_filter": args.nan_filter,
+        "window_steps": args.window_steps,
+        "windows": args.windows,
+        "runs": [],
+    }
+
+
 def train_all(
     ranks: Processes, args: argparse.Namespace, write: Callable[[dict[str, Any]], None], saved: dict[str, Any]
 ) -> dict[str, Any]:
@@ -67,19 +81,10 @@ def train_all(
     """
     steps = args.warmup + args.window_steps * args.windows
     rows = random_rows(args.trainer_model, args.context, args.batch * ranks.size * steps)
-    result: dict[str, Any] = {
-        "model": args.trainer_model,
-        "engine": args.engine,
-        "batch": args.batch,
-        "context": args.context,
-        "nan_filter": args.nan_filter,
-        "window_steps": args.window_steps,
-        "runs": [],
-    }
-    result = saved_training(saved, result)
+    result = saved["trainer"] or result_of(args)
     write(result)
-    done = {run["optimizer"] for run in result["runs"]}
-    for choice in (choice for choice in args.trainer_optimizers if choice.text not in done):
+    asked = {(choice.text,): choice for choice in args.trainer_optimizers}
+    for choice in left_to_run(result["runs"], asked, ("optimizer",)):
         run: dict[str, Any] = {"optimizer": choice.text}
         try:
             every = ranks.together(partial(train_once, choice, rows, args))

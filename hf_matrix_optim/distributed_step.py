@@ -168,10 +168,7 @@ class DistributedGroup:
                 )
                 if planned.by_kernels:
                     scalars = functools.partial(self._scalars_on, first.device, group["lr"])
-                    if graphs is not None and first.device not in graphs:
-                        graphs[first.device] = MapGraphs(first.device)
-                    of_device = None if graphs is None else graphs[first.device]
-                    yield KernelRound(task, kernel_rule, planned.stacks, scalars, of_device)
+                    yield KernelRound(task, kernel_rule, planned.stacks, scalars, _graphs_on(first.device, graphs))
                 else:
                     yield PlainRound(task, rule)
 
@@ -257,6 +254,13 @@ class KnownViews:
     def are_of(self, tensors: tuple[Tensor | None, ...]) -> bool:
         same = all(a is b for a, b in zip(self.tensors, tensors, strict=True))
         return same and self.addresses == _addresses(tensors)
+
+
+def _graphs_on(device: torch.device, graphs: dict[torch.device, MapGraphs] | None) -> MapGraphs | None:
+    """Those of a device, made when they are first needed; None if there are to be none."""
+    if graphs is not None and device not in graphs:
+        graphs[device] = MapGraphs(device)
+    return None if graphs is None else graphs[device]
 
 
 def _addresses(tensors: tuple[Tensor | None, ...]) -> tuple[int, ...]:

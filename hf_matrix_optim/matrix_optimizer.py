@@ -26,6 +26,7 @@ from hf_matrix_optim.group_state import GroupState
 from hf_matrix_optim.int8_momentum import INT8
 from hf_matrix_optim.kernels.fast_path import FastPath
 from hf_matrix_optim.kernels.int8_plan import Int8Plans
+from hf_matrix_optim.kernels.map_graphs import MapGraphs
 from hf_matrix_optim.kernels.stack_plan import why_not
 from hf_matrix_optim.kernels.stack_step import KernelRule
 from hf_matrix_optim.matrix_layout import MatrixLayout, to_matrices
@@ -155,7 +156,7 @@ class MatrixOptimizer(Optimizer):
                 dict(zip(stepping, steps, strict=True)),
                 scale=lambda fan_out, fan_in: self._scale(fan_out, fan_in, group),
                 root=lambda step: self._root(group, step),
-                graphs=self.__dict__.setdefault("_map_graphs", {}) if group["cuda_graph"] else None,
+                graphs=self._map_graphs_for(group),
             )
         # Parameters that joined later are behind the others; a model may lie on several devices, or in shards.
         together: dict[tuple[float, torch.device], list[Matrices]] = defaultdict(list)
@@ -213,6 +214,15 @@ class MatrixOptimizer(Optimizer):
                 or f"parameter {parameter_name(group, left)} or its shards are too small or not laid out for them"
             )
             raise RuntimeError(f"kernels='triton' was asked for, but {reason}; or use kernels='auto'")
+
+    def _map_graphs_for(self, group: dict[str, Any]) -> dict[torch.device, MapGraphs] | None:
+        """The graphs of all groups that ask for them, by device; let go when none does."""
+        if group["cuda_graph"]:
+            graphs: dict[torch.device, MapGraphs] = self.__dict__.setdefault("_map_graphs", {})
+            return graphs
+        if not any(other.get("cuda_graph") for other in self.param_groups):
+            self.__dict__.pop("_map_graphs", None)
+        return None
 
     def _check_graph(self, reason: str, layout: MatrixLayout, group: dict[str, Any]) -> None:
         """Refuse a CUDA graph of kernels that cannot be used, for a reason."""

@@ -42,7 +42,7 @@ class Muon(MatrixOptimizer):
             path; "auto" takes the kernels where they apply: linear layers with float32 or bfloat16 parameters on a
             CUDA GPU with Triton, ``map_dtype="auto"``.
         cuda_graph: replay the kernels' step as one CUDA graph, or a graph a map where ranks share the matrices; graphs
-            hold on to their workspace between steps.
+            hold on to their workspace between steps, in the latter case beside ``max_workspace_bytes``.
         momentum_dtype: "auto" (float32 for parameters of 32 bits or less), "bfloat16", which halves its memory, or
             "int8", a quarter of it: blocks with a scale, float32 while a step works on them (not for shards).
         max_workspace_bytes: bound of the temporary stacks of a step, in bytes.

@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         targets = numbers(arguments.targets, "--targets")
         check_report_folder(arguments.output_dir)
         runs, swept = ([load_run(folder) for folder in folders] for folders in (arguments.runs, arguments.sweep))
-        sweeps = sweeps_of(swept, {run.record["plan"]["steps"] for run in runs})
+        sweeps = sweeps_of(swept, runs)
         comparison = compare(runs, baseline=arguments.baseline, targets=targets, sweeps=sweeps)
         write_report(comparison, arguments.output_dir)
     except RecipeError as error:

@@ -1,11 +1,21 @@
 """Runs of several optimizers measured against one of them, and the sweeps that found their learning rates."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from recipe_error import RecipeError
-from study_metrics import Group, Run, choose_baseline, compare_groups, differences, group_runs, targets_of
+from study_metrics import (
+    SHARED,
+    Group,
+    Run,
+    choose_baseline,
+    compare_groups,
+    differences,
+    group_runs,
+    targets_of,
+    unequal_settings,
+)
 
 
 @dataclass(frozen=True)
@@ -32,26 +42,38 @@ class Sweep:
         return min(self.losses) < self.best < max(self.losses)
 
 
-def sweeps_of(runs: Sequence[Run], lengths: Collection[int]) -> list[Sweep]:
+def sweeps_of(runs: Sequence[Run], compared: Sequence[Run]) -> list[Sweep]:
     """Read sweeps off the runs they were made of, one for each optimizer.
 
     Args:
         runs: at several learning rates; the mean of those at the same rate counts.
-        lengths: steps of the runs that are compared.
+        compared: those whose learning rates were found so; they may be of another length.
 
     Raises:
-        RecipeError: if they differ in length, or two have the same optimizer, learning rate and seed.
+        RecipeError: if one is not finished, they differ in length, settings or seeds, or two have the same optimizer,
+            learning rate and seed.
     """
-    by_optimizer: dict[str, dict[float, float]] = {}
-    for group in group_runs(runs):
-        by_optimizer.setdefault(group.runs[0].optimizer, {})[group.learning_rate] = group.loss()
+    for run in runs:
+        if not run.is_finished and run.diverged_at is None:
+            raise RecipeError(f"{run.folder}, a run of the sweep, is not finished: resume it, or leave it out")
     steps = {run.record["plan"]["steps"] for run in runs}
     if len(steps) > 1:
         raise RecipeError(f"the runs of the sweep have {', '.join(map(str, sorted(steps)))} steps: give those of one")
-    return [
-        Sweep(optimizer, dict(sorted(losses.items())), None if steps <= {*lengths} else min(steps))
-        for optimizer, losses in by_optimizer.items()
-    ]
+    of_all = [key for key in SHARED if key != "schedule"]  # which may depend on the length
+    found = unequal_settings(runs, ["schedule"]) + unequal_settings([*runs, *compared], of_all) if runs else []
+    if found:
+        raise RecipeError(f"the runs of the sweep, or they and those compared, are not alike: {'; '.join(found)}")
+    by_optimizer: dict[str, list[Group]] = {}
+    for group in group_runs(runs):
+        by_optimizer.setdefault(group.runs[0].optimizer, []).append(group)
+    sweeps = []
+    for optimizer, groups in by_optimizer.items():
+        if len({tuple(run.seed for run in group.runs) for group in groups}) > 1:
+            raise RecipeError(f"the sweep of {optimizer} has not the same seeds at all learning rates")
+        losses = {group.learning_rate: group.loss() for group in groups}
+        is_shorter = not steps <= {run.record["plan"]["steps"] for run in compared}
+        sweeps.append(Sweep(optimizer, dict(sorted(losses.items())), min(steps) if is_shorter else None))
+    return sweeps
 
 
 @dataclass(frozen=True)
@@ -73,9 +95,9 @@ class Comparison:
 
     @property
     def optimizers_are_tuned(self) -> bool:
-        """Whether every optimizer has its learning rate from a sweep that brackets it."""
-        swept = {sweep.optimizer for sweep in self.sweeps if sweep.is_bracketed}
-        return all(group.runs[0].optimizer in swept for group in self.groups)
+        """Whether every optimizer has the best learning rate of a sweep that brackets it."""
+        swept = {(sweep.optimizer, sweep.best) for sweep in self.sweeps if sweep.is_bracketed}
+        return all((group.runs[0].optimizer, group.learning_rate) in swept for group in self.groups)
 
 
 def compare(

@@ -251,14 +251,20 @@ def choose_baseline(groups: Sequence[Group], label: str | None) -> Group:
     return min(adamw, key=Group.loss) if adamw else groups[0]
 
 
-def differences(runs: Sequence[Run]) -> list[str]:
-    """Name what differs between runs besides the optimizer, its learning rate and the seed."""
+def unequal_settings(runs: Sequence[Run], keys: Sequence[str] = SHARED) -> list[str]:
+    """Name the settings among ``keys`` that are not the same in all runs."""
     found = []
-    for key in SHARED:
+    for key in keys:
         values = {str(run.record["identity"].get(key)) for run in runs}
         if len(values) > 1:
             shown = " / ".join(sorted(values)) if max(map(len, values)) < 60 else f"{len(values)} kinds"
             found.append(f"{key}: {shown}")
+    return found
+
+
+def differences(runs: Sequence[Run]) -> list[str]:
+    """Name what differs between runs besides the optimizer, its learning rate and the seed."""
+    found = unequal_settings(runs)
     for key, name in (("initial_weights_sha256", "initial weights"), ("first_batch_sha256", "first batch")):
         by_seed: dict[int, set[str]] = {}
         for run in runs:

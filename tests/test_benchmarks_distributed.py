@@ -31,7 +31,7 @@ from communication import (
 )
 from contenders import fresh
 from distributed_contenders import CLASSES, ENGINES, SeededMatrices, contenders_of, largest_error, with_params
-from distributed_results import new_or_saved, saved_training
+from distributed_results import check_training, left_to_run, new_or_saved
 from optimizer_step import meta_groups
 from process_group import FailedOnAllRanksError, OutOfStepError, Processes
 
@@ -168,6 +168,11 @@ def test_resume_measures_what_the_file_lacks_and_keeps_the_rest(ran, tmp_path):
     [
         ("{", "is no file of distributed_step.py --json"),
         ("{}", "is no file of distributed_step.py --json"),
+        ('{"settings": [], "links": [], "steps": [], "trainer": null}', "its settings are no object"),
+        ('{"settings": {}, "links": [{}], "steps": [], "trainer": null}', "its links lack collective, mib"),
+        ('{"settings": {}, "links": [], "steps": [{}], "trainer": null}', "its steps lack model, layers"),
+        ('{"settings": {}, "links": 3, "steps": [], "trainer": null}', "is no file of distributed_step.py --json"),
+        ('{"settings": {}, "links": [], "steps": [], "trainer": {}}', "its trainer lack model, runs"),
         ('{"settings": {"steps": 3}, "links": [], "steps": [], "trainer": null}', "has steps=3, and this is 10"),
     ],
 )
@@ -182,10 +187,16 @@ def test_a_file_that_cannot_be_gone_on_with_is_left_alone(text, message, tmp_pat
 
 def test_trainers_runs_of_other_settings_are_not_lost():
     saved = {"trainer": {"model": "demo", "batch": 2, "runs": [{"optimizer": "mud"}]}}
-    assert saved_training(saved, {"model": "demo", "batch": 2, "runs": []})["runs"] == [{"optimizer": "mud"}]
+    check_training(saved, {"model": "demo", "batch": 2, "runs": []})
+    check_training({"trainer": None}, {"model": "demo", "batch": 2, "runs": []})
     with pytest.raises(OutOfStepError, match="with batch=2, not 4"):
-        saved_training(saved, {"model": "demo", "batch": 4, "runs": []})
-    assert saved_training({"trainer": None}, {"model": "demo", "runs": []}) == {"model": "demo", "runs": []}
+        check_training(saved, {"model": "demo", "batch": 4, "runs": []})
+
+
+def test_only_failures_that_are_tried_again_are_taken_out():
+    runs = [{"name": "a"}, {"name": "b", "error": "no memory"}, {"name": "c", "error": "no memory"}]
+    assert left_to_run(runs, {("a",): 1, ("b",): 2, ("d",): 4}, ("name",)) == [2, 4]
+    assert runs == [{"name": "a"}, {"name": "c", "error": "no memory"}]
 
 
 def test_one_rank_speaks(ran):

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from hf_matrix_optim import Muon
 from hf_matrix_optim.kernels import map_graphs
 from hf_matrix_optim.kernels.half_maps import Sides
 from hf_matrix_optim.kernels.map_graphs import MapGraphs
@@ -95,3 +96,18 @@ def test_a_larger_stack_makes_the_graphs_anew(captures):
     # The first is captured before and after the workspace has grown, and never reads the old one.
     assert len(captures) == 3
     assert captures[-1][0].captured[0][0].data_ptr() == captures[-2][0].captured[0][0].data_ptr()
+
+
+def test_an_optimizer_lets_its_graphs_go_when_no_group_asks_for_them():
+    optimizer = Muon(
+        [{"params": [torch.nn.Parameter(torch.ones(4, 4))], "cuda_graph": each} for each in (True, False)]
+    )
+    asking, other = optimizer.param_groups
+    graphs = optimizer._map_graphs_for(asking)
+    assert optimizer._map_graphs_for(asking) is graphs
+    assert optimizer._map_graphs_for(other) is None
+    assert optimizer._map_graphs_for(asking) is graphs
+    asking["cuda_graph"] = False
+    assert optimizer._map_graphs_for(asking) is None
+    asking["cuda_graph"] = True
+    assert optimizer._map_graphs_for(asking) is not graphs

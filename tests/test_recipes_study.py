@@ -261,9 +261,34 @@ def test_compare_reads_sweeps_off_their_runs(tmp_path: Path, capsys: Any) -> Non
     page = capsys.readouterr().out
     assert "| mud | 4.0000 | **3.5000** | diverged | 0.002 | yes |" in page
     assert "Learning rates are the best of runs of 100 steps" in page
-    argv[-3:-2] = [str(run)]
+    assert "Not every optimizer has its learning rate" not in page
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"losses": line(5, 3)}, "the runs of the sweep have 100, 210 steps"),
+        ({"finished": False}, "is not finished"),
+        ({"weight_decay": 0.3}, "are not alike: weight_decay: 0.3 / None"),
+        ({"seed": 1}, "the sweep of mud has not the same seeds at all learning rates"),
+    ],
+)
+def test_runs_that_are_no_sweep_are_refused(tmp_path: Path, capsys: Any, more: dict[str, Any], message: str) -> None:
+    run = write_run(tmp_path / "run", "mud", line(5, 3), rate=2e-3)
+    swept = [write_run(tmp_path / f"{rate}", "mud", line(5, 4, 10), rate=rate) for rate in (1e-3, 2e-3)]
+    swept.append(write_run(tmp_path / "other", "mud", **{"losses": line(5, 4, 10), "rate": 4e-3, **more}))
+    argv = [str(run), "--sweep", *map(str, swept), "--output_dir", str(tmp_path / "out")]
     assert compare.main(argv) == 2
-    assert "the runs of the sweep have 100, 210 steps" in capsys.readouterr().err
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_rate_that_is_not_the_sweeps_best_is_not_tuned(tmp_path: Path, capsys: Any) -> None:
+    run = write_run(tmp_path / "run", "mud", line(5, 3), rate=1e-3)
+    ends = {1e-3: 4.0, 2e-3: 3.5, 4e-3: 4.5}
+    swept = [write_run(tmp_path / f"{rate}", "mud", line(5, end, 10), rate=rate) for rate, end in ends.items()]
+    assert compare.main([str(run), "--sweep", *map(str, swept), "--output_dir", str(tmp_path / "out")]) == 0
+    assert "Not every optimizer has its learning rate" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

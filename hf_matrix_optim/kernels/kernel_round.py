@@ -81,13 +81,12 @@ class KernelRound(RoundStep):
         self.gathered = self.exchange.gather(self.of_all(x.to(self.wire), 0))
 
     def map(self) -> None:
-        count, place = self.exchange.count, None
+        count, of_graph = self.exchange.count, None
         if count and self.graphs is not None:
-            place = self.graphs.input_of(count, self.sides, self.rule)
-        x = self.exchange.assemble(self.gathered, self.wire, place)
+            of_graph = self.graphs.input_of(count, self.sides, self.rule)
+        x = self.exchange.assemble(self.gathered, self.wire, out=of_graph)
         del self.gathered
-        if place is not None:
-            assert self.graphs is not None
+        if self.graphs is not None and of_graph is not None:
             x = self.graphs.replay(count, self.sides, self.rule)
             x = x if self.is_sent else x.clone()  # the next round's map overwrites it
         elif count:

@@ -18,8 +18,8 @@ WITHOUT_GRAPH = 2  # times a stack is mapped by launches first: kernels are comp
 class MapGraphs:
     """The graphs of one optimizer's maps on one device.
 
-    Graphs are replayed one after the other, so all of them read the same stack, write the same stack, and share the
-    rest of their workspace, which is held as long as they are.
+    Graphs are replayed one after the other, so all of them read and write the same two stacks, as large as the largest
+    that has been asked for, and share the rest of their workspace. All of it is held as long as this is.
     """
 
     def __init__(self, device: torch.device) -> None:

@@ -74,7 +74,13 @@ class Exchange:
         return self._all_to_all(sent, outgoing, incoming)
 
     def assemble(self, pending: Pending, wire: torch.dtype, out: Tensor | None = None) -> Tensor:
-        """The owned matrices, whole: (count, fan_out, fan_in) of the dtype that was sent, or in ``out``, of any."""
+        """The owned matrices, whole: (count, fan_out, fan_in).
+
+        Args:
+            pending: of ``gather``; bytes where matrices are cut.
+            wire: dtype of what was sent.
+            out: what to write them into, converted to its dtype; without it they are of ``wire``.
+        """
         arrived = pending.wait()
         if self.axis is None or self.shards.size == 1:
             return arrived if out is None else out.copy_(arrived)
