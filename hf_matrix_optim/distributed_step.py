@@ -25,6 +25,7 @@ from hf_matrix_optim.plain_step import Group, Rule
 from hf_matrix_optim.sharding.exchange import Exchange
 from hf_matrix_optim.sharding.guard import are_equal, check_same, is_in_one_host, ranks_of_ddp
 from hf_matrix_optim.sharding.plan import ROUND_ELEMENTS, MatrixJob, rounds_of, sharing_pays
+from hf_matrix_optim.sharding.plan_table import MatrixRow
 from hf_matrix_optim.sharding.round_step import RoundStep, RoundTask, run_rounds
 from hf_matrix_optim.sharding.shard_layout import (
     ALONE,
@@ -189,31 +190,32 @@ class DistributedGroup:
         plain = (planned for planned in self.rounds if not planned.by_kernels)
         return next((planned.exchange.plan.jobs[0].parameter for planned in plain), None)
 
-    def describe(self, names: list[str]) -> list[tuple[str, ...]]:
-        """A row for each matrix: name, shape, axis that is cut, owning rank, bytes of its elements, share of the work.
+    def describe(self, names: list[str]) -> list[MatrixRow]:
+        """What is planned for each matrix.
 
         Args:
             names: of the group's parameters.
         """
-        rows: list[tuple[str, ...]] = []
-        total: dict[tuple[Any, ...], float] = defaultdict(float)
+        rows = []
         for exchange in (planned.exchange for planned in self.rounds):
-            total[_ranks_of(exchange)] += sum(job.operations for job in exchange.plan.jobs)
-        for exchange in (planned.exchange for planned in self.rounds):
+            shards, replicas = exchange.shards, exchange.replicas
             owners = [
-                f"shard {shard}" + (f" of replica {replica}" if exchange.replicas.size > 1 else "")
-                if exchange.shards.size > 1
+                f"shard {shard}" + (f" of replica {replica}" if replicas.size > 1 else "")
+                if shards.size > 1
                 else f"replica {replica}"
                 for replica, counts in enumerate(exchange.plan.counts)
                 for shard, count in enumerate(counts)
                 for _ in range(count)
             ]
             for job, owner in zip(exchange.plan.jobs, owners, strict=True):
-                cut = "" if job.axis is None else ("rows", "columns")[job.axis]
-                piece = f"[{job.piece}]" if self._count(job.parameter) > 1 else ""
-                shape = f"{job.fans[0]} x {job.fans[1]}"
-                share = f"{job.operations / total[_ranks_of(exchange)]:.2%}"
-                rows.append((names[job.parameter] + piece, shape, cut, owner, f"{job.elements:,}", share))
+                name = names[job.parameter] + (f"[{job.piece}]" if self._count(job.parameter) > 1 else "")
+                size = job.elements * self.members[job.parameter].param.element_size()
+                ranks = (shards.members, replicas.members)
+                rows.append(
+                    MatrixRow(
+                        name, job.fans, job.axis, owner, size, job.operations, ranks, shards.size * replicas.size
+                    )
+                )
         return rows
 
     def _count(self, index: int) -> int:
@@ -265,10 +267,6 @@ def _graphs_on(device: torch.device, graphs: dict[torch.device, MapGraphs] | Non
 
 def _addresses(tensors: tuple[Tensor | None, ...]) -> tuple[int, ...]:
     return tuple(0 if tensor is None else tensor.data_ptr() for tensor in tensors)
-
-
-def _ranks_of(exchange: Exchange) -> tuple[Any, ...]:
-    return exchange.shards.members, exchange.replicas.members
 
 
 def plan_group(

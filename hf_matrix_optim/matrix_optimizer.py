@@ -33,6 +33,7 @@ from hf_matrix_optim.matrix_layout import MatrixLayout, to_matrices
 from hf_matrix_optim.matrix_state import momentum_dtype, new_state, restore
 from hf_matrix_optim.plain_step import state_dtype, step_stack
 from hf_matrix_optim.sharding.full_tensor import Written, local_or_whole, write_shard
+from hf_matrix_optim.sharding.plan_table import MatrixRow, table_of
 from hf_matrix_optim.sharding.shard_layout import is_sharded
 from hf_matrix_optim.stacks import Matrices, MatrixLists, chunks
 from hf_matrix_optim.update_scale import update_scale
@@ -353,18 +354,16 @@ class MatrixOptimizer(Optimizer):
         return torch.bfloat16 if dtype == torch.float32 and has_fast_bfloat16(device) else dtype
 
     def describe_plan(self) -> str:
-        """Which rank maps which matrix, as a Markdown table; known after the first step."""
+        """Which rank maps which matrix, as a Markdown table, and their load; known after the first step."""
         plans: dict[int, Plan] = self.__dict__.get("_plans", {})
-        rows = []
+        rows: list[MatrixRow] = []
         for group in self.param_groups:
             _, _, shared = plans.get(id(group), (None, None, None))
             if shared is not None:
                 rows += shared.describe([parameter_name(group, i).strip("'") for i in range(len(group["params"]))])
         if not rows:
             return "Nothing is shared out between ranks, or no step has been taken yet."
-        header = ("matrix", "shape", "cut along", "mapped by", "elements", "share of the operations")
-        lines = [header, ("---",) * 4 + ("---:",) * 2, *rows]
-        return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+        return table_of(rows)
 
     # ---- checkpoints ----
 

@@ -177,7 +177,8 @@ def assert_shared_out(trainer: Trainer, besides: str = "") -> None:
     """
     groups = groups_of(trainer, "matrix")
     names = {name for group in groups for name in group["param_names"] if not besides or besides not in name}
-    rows = [line.strip("| ").split(" | ") for line in optimizer_of(trainer).describe_plan().splitlines()[2:]]
+    lines = optimizer_of(trainer).describe_plan().splitlines()[2:]
+    rows = [line.strip("| ").split(" | ") for line in lines if line.startswith("|")]
     assert {row[0].split("[")[0] for row in rows} == names
     assert len({row[3] for row in rows}) == rank_count(), {row[3] for row in rows}
 

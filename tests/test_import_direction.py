@@ -25,6 +25,7 @@ LAYERS = {
         "sharding",
         "sharding.shard_layout",
         "sharding.plan",
+        "sharding.plan_table",
         "sharding.exchange",
         "sharding.round_step",
         "sharding.guard",

@@ -9,6 +9,7 @@ from hf_matrix_optim import distributed_step
 from hf_matrix_optim.matrix_layout import MatrixLayout, split_parts, to_matrices
 from hf_matrix_optim.sharding.exchange import Exchange
 from hf_matrix_optim.sharding.plan import MatrixJob, owners_of, rounds_of, sharing_pays
+from hf_matrix_optim.sharding.plan_table import MatrixRow, table_of
 from hf_matrix_optim.sharding.shard_layout import ALONE, Ranks, ShardLayout, pieces_of, views_of
 
 LAYOUTS = [
@@ -117,3 +118,22 @@ def test_ddp_on_gpus_shares_what_pays(monkeypatch):
         )
         shared[cost] = [] if plan is None else sorted(plan.members)
     assert shared == {1.0: [], 3e6: [0, 2], 1e12: [0, 1, 2, 3]}
+
+
+def test_a_plan_is_told_as_a_table_with_its_load():
+    rows = [
+        MatrixRow("a", (4, 8), 0, "shard 0", 128, 3.0, "all", 2),
+        MatrixRow("b[1]", (8, 2), 1, "shard 1", 64, 1.0, "all", 2),
+        MatrixRow("c", (2, 2), None, "replica 1", 16, 5.0, "others", 4),
+    ]
+    assert table_of(rows).splitlines() == [
+        "| matrix | shape | cut along | mapped by | bytes | share of the operations |",
+        "| --- | --- | --- | --- | ---: | ---: |",
+        "| a | 4 x 8 | rows | shard 0 | 128 | 75.00% |",
+        "| b[1] | 8 x 2 | columns | shard 1 | 64 | 25.00% |",
+        "| c | 2 x 2 |  | replica 1 | 16 | 100.00% |",
+        "",
+        "2 ranks share these out; the largest load is 1.500 times the mean.",
+        "",
+        "4 ranks share these out; the largest load is 4.000 times the mean.",
+    ]
