@@ -44,6 +44,7 @@ LAYERS = {
         "kernels.stack_plan",
         "kernels.stack_step",
         "kernels.fast_path",
+        "kernels.graph_capture",
         "kernels.map_graphs",
         "kernels.kernel_round",
     },

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from hf_matrix_optim import Muon
-from hf_matrix_optim.kernels import map_graphs
+from hf_matrix_optim.kernels import graph_capture, map_graphs
 from hf_matrix_optim.kernels.half_maps import Sides
 from hf_matrix_optim.kernels.map_graphs import MapGraphs
 from hf_matrix_optim.kernels.stack_step import KernelRule
@@ -46,8 +46,9 @@ def captures(monkeypatch):
         found[-1][0].captured.append((x, spare, 2.0 + rule.passes))
         return spare
 
-    cuda = SimpleNamespace(CUDAGraph=Graph, graph=capture, Stream=lambda device: device)
-    monkeypatch.setattr(map_graphs, "torch", SimpleNamespace(cuda=cuda, empty=torch.empty, float16=torch.float16))
+    cuda = SimpleNamespace(CUDAGraph=Graph, graph=capture)
+    monkeypatch.setattr(graph_capture, "torch", SimpleNamespace(cuda=cuda))
+    monkeypatch.setattr(graph_capture, "_stream_on", lambda device: device)
     monkeypatch.setattr(map_graphs, "whole_direction", whole_direction)
     return found
 

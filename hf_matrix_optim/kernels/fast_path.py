@@ -1,5 +1,6 @@
 """Which parameters of a group the kernels take, kept from step to step; and the step as one CUDA graph."""
 
+import functools
 import logging
 from collections import defaultdict
 from collections.abc import Callable
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hf_matrix_optim.kernels.graph_capture import captured
 from hf_matrix_optim.kernels.half_maps import Sides
 from hf_matrix_optim.kernels.stack_plan import StackPlan, can_take, matrices_of
 from hf_matrix_optim.kernels.stack_step import KernelRule, StepScalars, step_stack, workspace_bytes
@@ -44,7 +46,6 @@ class FastPath:
     def __init__(self) -> None:
         self.plans: dict[int, GroupPlan] = {}
         self._said: set[str] = set()
-        self._streams: dict[torch.device, torch.cuda.Stream] = {}
 
     def step(
         self,
@@ -102,16 +103,10 @@ class FastPath:
             _launch(plan, rule)
             return
         if plan.graph is None:
-            # Graphs are replayed one after the other, so they share their workspace; a pool dies with its last graph.
             device = plan.scalars.tensor.device
             on_device = [other for other in self.plans.values() if other.scalars.tensor.device == device]
-            pool = next((other.graph.pool() for other in on_device if other.graph is not None), None)
-            graph = torch.cuda.CUDAGraph()
-            if device not in self._streams:  # torch's own belongs to the device that captured first
-                self._streams[device] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-            with torch.cuda.graph(graph, pool=pool, stream=self._streams[device], capture_error_mode="thread_local"):
-                _launch(plan, rule)
-            plan.graph = graph
+            earlier = [other.graph for other in on_device if other.graph is not None]
+            plan.graph, _ = captured(functools.partial(_launch, plan, rule), device, earlier)
         plan.graph.replay()
 
     def _plan(

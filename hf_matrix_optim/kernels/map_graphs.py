@@ -6,6 +6,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from hf_matrix_optim.kernels.graph_capture import captured
 from hf_matrix_optim.kernels.half_maps import Sides
 from hf_matrix_optim.kernels.stack_step import KernelRule, whole_direction
 from hf_matrix_optim.newton_schulz import Coefficients
@@ -28,7 +29,6 @@ class MapGraphs:
         self._times: Counter[Key] = Counter()
         self._most = 0  # elements
         self._stacks = torch.empty(2, 0, dtype=torch.float16, device=device)
-        self._stream: torch.cuda.Stream | None = None
 
     def input_of(self, count: int, sides: Sides, rule: KernelRule) -> Tensor | None:
         """(count, rows, columns) float16, where ``replay`` reads; None if this map is still to be launched."""
@@ -49,12 +49,8 @@ class MapGraphs:
         key = _key(count, sides, rule)
         if key not in self.graphs:
             x, spare = self._views(count, sides)
-            if self._stream is None:  # torch's own belongs to the device that captured first
-                self._stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
-            graph, pool = torch.cuda.CUDAGraph(), next((other.pool() for other, _ in self.graphs.values()), None)
-            with torch.cuda.graph(graph, pool=pool, stream=self._stream, capture_error_mode="thread_local"):
-                direction = whole_direction(x, sides, rule, spare)
-            self.graphs[key] = graph, direction
+            earlier = (graph for graph, _ in self.graphs.values())
+            self.graphs[key] = captured(lambda: whole_direction(x, sides, rule, spare), self.device, earlier)
         graph, direction = self.graphs[key]
         graph.replay()
         return direction
