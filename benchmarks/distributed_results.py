@@ -48,7 +48,7 @@ def _read(path: Path, settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_form(everything: Any) -> None:
-    """Raise ValueError if it is not what ``write`` has written, as far as it is read here."""
+    """Raise ValueError if it is not what ``write_results`` has written, as far as it is read here."""
     if not isinstance(everything, dict) or not {*PARTS} <= everything.keys():
         raise ValueError(f"it must have {', '.join(PARTS)}")
     entries = [
@@ -77,10 +77,12 @@ def check_training(everything: dict[str, Any], asked: dict[str, Any]) -> None:
     Raises:
         OutOfStepError: on all ranks, naming the setting.
     """
-    for key in (asked.keys() if everything["trainer"] is not None else set()) - {"runs"}:
-        saved = everything["trainer"].get(key)
-        if saved != asked[key]:
-            message = f"--resume: the file has Trainer's runs with {key}={saved}, not {asked[key]}: give another"
+    saved = everything["trainer"] or asked
+    for key in asked.keys() - {"runs"}:
+        if saved.get(key) != asked[key]:
+            message = (
+                f"--resume: the file has Trainer's runs with {key}={saved.get(key)}, not {asked[key]}: give another"
+            )
             raise OutOfStepError(message, is_known_to_all=True)
 
 
@@ -100,7 +102,7 @@ def check_resume(parser: argparse.ArgumentParser, path: Path | None, resume: boo
         parser.error(f"--json {path} exists: add --resume to go on with it, or give another name")
 
 
-def write(path: Path, everything: dict[str, Any]) -> None:
+def write_results(path: Path, everything: dict[str, Any]) -> None:
     """Write the file, whole or not at all."""
     partial = path.with_name(f".{path.name}")
     partial.write_text(json.dumps(everything, indent=1) + "\n", encoding="utf-8")

@@ -66,7 +66,7 @@ from distributed_contenders import (
     recorded_messages,
     with_params,
 )
-from distributed_results import check_resume, check_training, left_to_run, new_or_saved, saved_steps, write
+from distributed_results import check_resume, check_training, left_to_run, new_or_saved, saved_steps, write_results
 from optimizer_step import meta_groups, rounded
 from process_group import FailedOnAllRanksError, OutOfStepError, Processes, RanksParser, check_ranks, processes
 from step_floor import copy_bytes_per_second, matrix_shapes, step_flops
@@ -182,6 +182,7 @@ def measure_steps(
 
 
 def _nothing_yet(model: str, groups: Groups, ranks: Processes, args: argparse.Namespace) -> dict[str, Any]:
+    """What does not depend on a contender, and no runs."""
     shapes = matrix_shapes(groups, split=True)
     copies = ranks.together(partial(copy_bytes_per_second, ranks.device))
     release_memory(ranks.device)
@@ -334,7 +335,7 @@ def measure(ranks: Processes, args: argparse.Namespace) -> dict[str, Any]:
 
     def write_all() -> None:
         if args.json and ranks.rank == 0:
-            write(args.json, everything)
+            write_results(args.json, everything)
 
     def show(text: str) -> None:
         if ranks.rank == 0:

@@ -15,9 +15,14 @@ from eval_error import EvalError
 OPENERS: dict[str, Callable[..., IO[Any]]] = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open}
 
 
+def unpacked_name(path: Path) -> str:
+    """Return a file's name without the suffix of a compression."""
+    return path.stem if path.suffix.lower() in OPENERS else path.name
+
+
 def stem_of(path: Path) -> str:
     """Return a file's name without the suffixes of its format: ``wiki.valid`` of ``wiki.valid.tokens.xz``."""
-    return Path(path.stem if path.suffix.lower() in OPENERS else path.name).stem
+    return Path(unpacked_name(path)).stem
 
 
 def read_documents(path: Path) -> list[str]:
@@ -39,8 +44,8 @@ def read_documents(path: Path) -> list[str]:
         raise EvalError(f"--text {path} cannot be read: {error}") from error
     if "\0" in whole:
         raise EvalError(f"--text {path} holds NUL bytes, so it is not text")
-    bare = path.stem if path.suffix.lower() in OPENERS else path.name
-    documents = json_documents(path, whole) if bare.lower().endswith(".jsonl") else [whole]
+    is_json = unpacked_name(path).lower().endswith(".jsonl")
+    documents = json_documents(path, whole) if is_json else [whole]
     if not any(map(str.strip, documents)):
         raise EvalError(f"--text {path} holds no text")
     return [document for document in documents if document]

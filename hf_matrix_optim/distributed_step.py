@@ -207,15 +207,11 @@ class DistributedGroup:
                 for shard, count in enumerate(counts)
                 for _ in range(count)
             ]
+            ranks = (shards.members, replicas.members)
             for job, owner in zip(exchange.plan.jobs, owners, strict=True):
                 name = names[job.parameter] + (f"[{job.piece}]" if self._count(job.parameter) > 1 else "")
                 size = job.elements * self.members[job.parameter].param.element_size()
-                ranks = (shards.members, replicas.members)
-                rows.append(
-                    MatrixRow(
-                        name, job.fans, job.axis, owner, size, job.operations, ranks, shards.size * replicas.size
-                    )
-                )
+                rows.append(MatrixRow(name, job.fans, job.axis, owner, size, job.operations, ranks))
         return rows
 
     def _count(self, index: int) -> int:

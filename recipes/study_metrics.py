@@ -292,10 +292,10 @@ def token_saving(run: Run, baseline: Run, kind: str = "train") -> tuple[float | 
         run, baseline: of the same seed.
         kind: "train" for the smoothed training loss, "eval" for the validation loss.
     """
-    curve, base = (one.training() if kind == "train" else one.curve("eval", "tokens") for one in (run, baseline))
-    target = last(base)
-    if target is None or baseline.diverged_at is not None:
+    target = baseline.final_training_loss() if kind == "train" else baseline.final_validation_loss()
+    if target is None:
         return None, None
+    curve, base = (one.training() if kind == "train" else one.curve("eval", "tokens") for one in (run, baseline))
     needed, reference = first_reached(curve, target), first_reached(base, target)
     assert reference is not None
     return needed, None if needed is None else (reference - needed) / reference

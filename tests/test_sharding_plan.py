@@ -122,9 +122,9 @@ def test_ddp_on_gpus_shares_what_pays(monkeypatch):
 
 def test_a_plan_is_told_as_a_table_with_its_load():
     rows = [
-        MatrixRow("a", (4, 8), 0, "shard 0", 128, 3.0, "all", 2),
-        MatrixRow("b[1]", (8, 2), 1, "shard 1", 64, 1.0, "all", 2),
-        MatrixRow("c", (2, 2), None, "replica 1", 16, 5.0, "others", 4),
+        MatrixRow("a", (4, 8), 0, "shard 0", 128, 3.0, ((0, 1), (0,))),
+        MatrixRow("b[1]", (8, 2), 1, "shard 1", 64, 1.0, ((0, 1), (0,))),
+        MatrixRow("c", (2, 2), None, "replica 1", 16, 5.0, ((0, 1), (0, 2))),
     ]
     assert table_of(rows).splitlines() == [
         "| matrix | shape | cut along | mapped by | bytes | share of the operations |",

@@ -89,10 +89,9 @@ class KernelRound(RoundStep):
         if self.graphs is not None and of_graph is not None:
             x = self.graphs.replay(count, self.sides, self.rule)
             x = x if self.is_sent else x.clone()  # the next round's map overwrites it
-        elif count:
-            x = whole_direction(x.to(torch.float16).contiguous(), self.sides, self.rule)
         else:
             x = x.to(torch.float16)
+            x = whole_direction(x.contiguous(), self.sides, self.rule) if count else x
         self.scattered = self.exchange.scatter(x)
 
     def share(self) -> None:

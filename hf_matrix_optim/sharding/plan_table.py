@@ -1,8 +1,8 @@
 """A plan of owners as a table for people."""
 
+import math
 from collections import defaultdict
 from dataclasses import dataclass
-from typing import Any
 
 
 @dataclass(frozen=True)
@@ -16,8 +16,7 @@ class MatrixRow:
         owner: in words.
         bytes: of its elements.
         operations: of its map, up to a factor.
-        ranks: among which it is shared out.
-        owners: how many these are.
+        ranks: among which it is shared out: those with the shards of a copy, and those with the copies.
     """
 
     name: str
@@ -26,13 +25,12 @@ class MatrixRow:
     owner: str
     bytes: int
     operations: float
-    ranks: Any
-    owners: int
+    ranks: tuple[tuple[int, ...], tuple[int, ...]]
 
 
 def table_of(rows: list[MatrixRow]) -> str:
     """Markdown: a row for each matrix, and how evenly the operations are shared out."""
-    work: dict[Any, dict[str, float]] = defaultdict(lambda: defaultdict(float))
+    work: dict[tuple[tuple[int, ...], ...], dict[str, float]] = defaultdict(lambda: defaultdict(float))
     for row in rows:
         work[row.ranks][row.owner] += row.operations
     header = ("matrix", "shape", "cut along", "mapped by", "bytes", "share of the operations")
@@ -43,7 +41,7 @@ def table_of(rows: list[MatrixRow]) -> str:
         cells.append((row.name, f"{row.fans[0]} x {row.fans[1]}", cut, row.owner, f"{row.bytes:,}", share))
     lines = [f"| {' | '.join(line)} |" for line in cells]
     for ranks, loads in work.items():
-        count = next(row.owners for row in rows if row.ranks == ranks)
+        count = math.prod(map(len, ranks))
         mean, largest = sum(loads.values()) / count, max(loads.values())
         lines += ["", f"{count} ranks share these out; the largest load is {largest / mean:.3f} times the mean."]
     return "\n".join(lines)
