@@ -60,7 +60,7 @@ def draw_curves(comparison: Comparison, path: Path) -> None:
     figure, axes = plt.subplots(1, 3, figsize=(18, 5.2), layout="constrained")
     highest = []
     for group in comparison.groups:
-        label = f"{group.label} (lr {group.learning_rate:g})"
+        label = f"{group.runs[0].optimizer} (lr {group.learning_rate:g})"
         x, mean, low, high = mean_curve([run.training() for run in group.runs])
         (line,) = axes[0].plot(x, mean, label=label, linewidth=1.6)
         color = line.get_color()

@@ -13,10 +13,12 @@ import pytest
 import study
 import torch
 from matplotlib import image
+from matplotlib.figure import Figure
 from recipe_error import RecipeError
 from run_log import LOG_FILE, RunLog, read_log
 from study_comparison import Sweep
 from study_comparison import compare as compare_runs
+from study_curves import draw_curves
 from study_metrics import (
     Curve,
     first_reached,
@@ -222,6 +224,19 @@ def test_learning_rates_are_groups_and_the_baseline_is_the_best_adamw(tmp_path: 
     again = load_run(write_run(tmp_path / "again", "mud", line(5, 2)))
     with pytest.raises(RecipeError, match="with the same seed: name one of them"):
         group_runs([*runs, again])
+
+
+def test_the_picture_names_each_learning_rate_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[Figure] = []
+    save = Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *a, **k: (drawn.append(figure), save(figure, *a, **k)))
+    rates = (1e-3, 2e-3)
+    draw_curves(
+        compare_runs([load_run(write_run(tmp_path / str(rate), "mud", line(5, 2), rate=rate)) for rate in rates]),
+        tmp_path / "curves.png",
+    )
+    for axes in drawn[0].axes:
+        assert axes.get_legend_handles_labels()[1][:2] == ["mud (lr 0.001)", "mud (lr 0.002)"]
 
 
 def test_compare_writes_the_report_the_picture_and_the_metrics(tmp_path: Path, capsys: Any) -> None:
