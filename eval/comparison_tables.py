@@ -66,9 +66,11 @@ def notes(results: Results, columns: Sequence[Benchmark], common: Sequence[Bench
     lines = [
         "Percent ± standard error over questions. ≈ marks a score within two standard errors of guessing.",
     ]
-    limits = {result["key"]["limit"] for result in every} - {None}
-    if limits:
-        lines.append(f"**Only the first {limits.pop():,} questions of each task were asked: no result, a trial.**")
+    titles = {result["title"] for result in every}
+    for limit in sorted({result["key"]["limit"] for result in every} - {None}):
+        of = {result["title"] for result in every if result["key"]["limit"] == limit}
+        whose = "each task" if of == titles else ", ".join(sorted(of))
+        lines.append(f"**Only the first {limit:,} questions of {whose} were asked: no result, a trial.**")
     short = {
         result["title"]: f"{result['title']} {result['documents']:,} of {result['documents_published']:,}"
         for result in every

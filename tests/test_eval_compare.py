@@ -168,13 +168,20 @@ def test_what_limits_a_comparison_is_said(tmp_path):
     write(tmp_path, "a", "gsm8k", answers(0.1), dropped=3, limit=200)
     write(tmp_path, "b", "piqa", answers(0.8), limit=200)
     text = compare_results([tmp_path])
-    assert "Only the first 200 questions" in text
+    assert "Only the first 200 questions of each task were asked" in text
     assert "Not the suite's number of shots: GSM8K 5." in text  # four there
     assert "dropped to fit the context: GSM8K" in text
     assert "1 of the suite's 15 benchmarks are there for every checkpoint" in text
     assert "| **average of 1** |" in text
     write(tmp_path / "whole", "a", "piqa", answers(0.7))
     assert "PIQA 200 of 1,838" in compare_results([tmp_path / "whole"])
+    for task, limit in (("piqa", None), ("gsm8k", 100), ("hellaswag", 150)):
+        write(tmp_path / "parts", "a", task, answers(0.7), limit=limit)
+    text = compare_results([tmp_path / "parts"])
+    assert [line for line in text.splitlines() if "Only" in line] == [
+        "- **Only the first 100 questions of GSM8K were asked: no result, a trial.**",
+        "- **Only the first 150 questions of HellaSwag were asked: no result, a trial.**",
+    ]
 
 
 def test_results_that_cannot_be_are_refused(tmp_path):
