@@ -13,6 +13,8 @@ from hf_matrix_optim.registration import accepted_names
 class OptimizerTripwire(TrainerCallback):
     """Raises at the beginning of training when ``args.optim`` is ours and the optimizer that would run is not.
 
+    It raises too when ``args.optim`` is not ours and ``--optim_args`` asks for attention clipping or diagnostics.
+
     Trainer ignores ``--optim`` if it is given ``optimizers=``, if a subclass overrides ``create_optimizer``, and if
     the DeepSpeed configuration has an ``optimizer`` block. It also raises, at the beginning of training and at each
     log, if the model has trainable parameters that the optimizer lacks, which would stay as they are: those of an
@@ -28,6 +30,7 @@ class OptimizerTripwire(TrainerCallback):
     ) -> None:
         asked = accepted_names.get(args.optim)
         if asked is None:
+            _check_unread(args)
             return
         found = innermost_optimizer(optimizer)
         algorithms = {str(group.get("algorithm")) for group in getattr(found, "param_groups", [])} - {"adamw"}
@@ -78,6 +81,17 @@ class OptimizerTripwire(TrainerCallback):
         logs.setdefault("matrix_learning_rate", self._matrix_learning_rate)
         if state.log_history and "learning_rate" in state.log_history[-1]:
             state.log_history[-1].setdefault("matrix_learning_rate", self._matrix_learning_rate)
+
+
+def _check_unread(args: Any) -> None:
+    """Raise ValueError if ``--optim_args`` asks for what callbacks of this package do, beside another optimizer."""
+    keys = [part.partition("=")[0].strip() for part in (args.optim_args or "").split(",")]
+    unread = next((key for key in keys if key in ("qk_clip", "diagnostics", "diagnostics_per_layer")), None)
+    if unread is not None:
+        raise ValueError(
+            f"optim_args={args.optim_args!r}: {unread} works with --optim {', '.join(accepted_names)}, and "
+            f"optim={str.__str__(args.optim)!r} would leave it out without a word. Choose one of them, or remove it"
+        )
 
 
 def _check_cover(optimizer: MatrixOptimizer, model: nn.Module | None) -> None:

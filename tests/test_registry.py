@@ -368,6 +368,22 @@ def test_the_tripwire_stops_a_run_that_would_ignore_optim(make: Any, found: str)
     assert all(torch.equal(old, new) for old, new in zip(before, trainer.model.parameters(), strict=True))
 
 
+@pytest.mark.parametrize("optim_args", ["qk_clip=100", "momentum=0.9, diagnostics=50"])
+def test_the_tripwire_stops_a_run_whose_optimizer_would_ignore_what_callbacks_do(optim_args: str) -> None:
+    trainer = Trainer(tiny_gpt2(), arguments("adamw_torch", optim_args=optim_args), train_dataset=examples())
+    key = optim_args.split()[-1].split("=")[0]
+    message = f"{key} works with --optim muon, adamuon, adamuon_v1, mud, and optim='adamw_torch' would leave it out"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        trainer.train()
+
+
+def test_what_other_optimizers_read_or_ignore_is_theirs() -> None:
+    args = arguments("sgd", optim_args="momentum=0.9,nesterov=true,my_qk_clip=1")
+    trainer = Trainer(tiny_gpt2(), args, train_dataset=examples())
+    trainer.train()
+    assert trainer.state.global_step > 0
+
+
 def test_the_tripwire_names_deepspeeds_optimizer_block() -> None:
     args = arguments("muon")
     args.deepspeed = {"optimizer": {"type": "AdamW"}}
