@@ -60,17 +60,21 @@ def percent(value: float, error: float | None, *, sign: bool = False) -> str:
     return text if error is None or math.isnan(error) else f"{text} ± {100 * error:.2f}"
 
 
+def _whole_name(result: dict[str, Any]) -> str:
+    return f"{result['title']} (each of its tasks)" if len(result["leaves"]) > 1 else str(result["title"])
+
+
 def notes(results: Results, columns: Sequence[Benchmark], common: Sequence[Benchmark]) -> list[str]:
     """Say what limits the numbers below."""
     every = [result for of in results.values() for result in of.values()]
     lines = [
         "Percent ± standard error over questions. ≈ marks a score within two standard errors of guessing.",
     ]
-    titles = {result["title"] for result in every}
-    for limit in sorted({result["key"]["limit"] for result in every} - {None}):
-        of = {result["title"] for result in every if result["key"]["limit"] == limit}
-        whose = "each task" if of == titles else ", ".join(sorted(of))
-        lines.append(f"**Only the first {limit:,} questions of {whose} were asked: no result, a trial.**")
+    cut = [result for result in every if result["key"]["limit"] is not None]
+    cut = [result for result in cut if result["documents"] < result["documents_published"]]
+    for limit in sorted({result["key"]["limit"] for result in cut}):
+        of = sorted({_whole_name(result) for result in cut if result["key"]["limit"] == limit})
+        lines.append(f"**Only the first {limit:,} questions of {', '.join(of)} were asked: no result, a trial.**")
     short = {
         result["title"]: f"{result['title']} {result['documents']:,} of {result['documents_published']:,}"
         for result in every

@@ -7,13 +7,13 @@ from transformers.trainer_callback import TrainerCallback
 
 from hf_matrix_optim.flattening import DEEPSPEED_REMEDY, uses_deepspeed
 from hf_matrix_optim.matrix_optimizer import MatrixOptimizer
-from hf_matrix_optim.registration import accepted_names
+from hf_matrix_optim.registration import accepted_names, logger
 
 
 class OptimizerTripwire(TrainerCallback):
     """Raises at the beginning of training when ``args.optim`` is ours and the optimizer that would run is not.
 
-    It raises too when ``args.optim`` is not ours and ``--optim_args`` asks for attention clipping or diagnostics.
+    It warns when ``args.optim`` is not ours and ``--optim_args`` asks for attention clipping or diagnostics.
 
     Trainer ignores ``--optim`` if it is given ``optimizers=``, if a subclass overrides ``create_optimizer``, and if
     the DeepSpeed configuration has an ``optimizer`` block. It also raises, at the beginning of training and at each
@@ -30,7 +30,7 @@ class OptimizerTripwire(TrainerCallback):
     ) -> None:
         asked = accepted_names.get(args.optim)
         if asked is None:
-            _check_unread(args)
+            _warn_of_unread(args)
             return
         found = innermost_optimizer(optimizer)
         algorithms = {str(group.get("algorithm")) for group in getattr(found, "param_groups", [])} - {"adamw"}
@@ -83,15 +83,25 @@ class OptimizerTripwire(TrainerCallback):
             state.log_history[-1].setdefault("matrix_learning_rate", self._matrix_learning_rate)
 
 
-def _check_unread(args: Any) -> None:
-    """Raise ValueError if ``--optim_args`` asks for what callbacks of this package do, beside another optimizer."""
-    keys = [part.partition("=")[0].strip() for part in (args.optim_args or "").split(",")]
-    unread = next((key for key in keys if key in ("qk_clip", "diagnostics", "diagnostics_per_layer")), None)
-    if unread is not None:
-        raise ValueError(
-            f"optim_args={args.optim_args!r}: {unread} works with --optim {', '.join(accepted_names)}, and "
-            f"optim={str.__str__(args.optim)!r} would leave it out without a word. Choose one of them, or remove it"
-        )
+def _warn_of_unread(args: Any) -> None:
+    """Warn if ``--optim_args`` asks for what callbacks of this package do, beside another optimizer.
+
+    A warning and no error: a subclass of Trainer may read a key of the same name itself.
+    """
+    parts = args.optim_args.split(",") if isinstance(args.optim_args, str) else []
+    pairs = {key.strip(): value.strip().lower() for key, _, value in (part.partition("=") for part in parts)}
+    for key in ("qk_clip", "diagnostics", "diagnostics_per_layer"):
+        if pairs.get(key, "none") not in ("none", "0", "false"):
+            logger.warning(
+                "optim_args=%r: %s is done with --optim %s, and nothing of it with optim=%r: choose one of those "
+                "optimizers, or remove %s from optim_args.",
+                args.optim_args,
+                key,
+                ", ".join(accepted_names),
+                str.__str__(args.optim),
+                key,
+            )
+            return
 
 
 def _check_cover(optimizer: MatrixOptimizer, model: nn.Module | None) -> None:

@@ -168,7 +168,7 @@ def test_what_limits_a_comparison_is_said(tmp_path):
     write(tmp_path, "a", "gsm8k", answers(0.1), dropped=3, limit=200)
     write(tmp_path, "b", "piqa", answers(0.8), limit=200)
     text = compare_results([tmp_path])
-    assert "Only the first 200 questions of each task were asked" in text
+    assert "Only the first 200 questions of GSM8K, PIQA were asked" in text
     assert "Not the suite's number of shots: GSM8K 5." in text  # four there
     assert "dropped to fit the context: GSM8K" in text
     assert "1 of the suite's 15 benchmarks are there for every checkpoint" in text

@@ -22,7 +22,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 import hf_matrix_optim
-from hf_matrix_optim import MUD, AdaMuon, Muon, PartitionOptions, create_optimizer, param_groups_for
+from hf_matrix_optim import MUD, AdaMuon, Muon, PartitionOptions, create_optimizer, param_groups_for, registration
 from hf_matrix_optim.options import (
     OPTIMIZER_NAMES,
     OPTIONS_CLASSES,
@@ -368,20 +368,28 @@ def test_the_tripwire_stops_a_run_that_would_ignore_optim(make: Any, found: str)
     assert all(torch.equal(old, new) for old, new in zip(before, trainer.model.parameters(), strict=True))
 
 
-@pytest.mark.parametrize("optim_args", ["qk_clip=100", "momentum=0.9, diagnostics=50"])
-def test_the_tripwire_stops_a_run_whose_optimizer_would_ignore_what_callbacks_do(optim_args: str) -> None:
-    trainer = Trainer(tiny_gpt2(), arguments("adamw_torch", optim_args=optim_args), train_dataset=examples())
-    key = optim_args.split()[-1].split("=")[0]
-    message = f"{key} works with --optim muon, adamuon, adamuon_v1, mud, and optim='adamw_torch' would leave it out"
-    with pytest.raises(ValueError, match=re.escape(message)):
-        trainer.train()
-
-
-def test_what_other_optimizers_read_or_ignore_is_theirs() -> None:
-    args = arguments("sgd", optim_args="momentum=0.9,nesterov=true,my_qk_clip=1")
-    trainer = Trainer(tiny_gpt2(), args, train_dataset=examples())
+@pytest.mark.parametrize(
+    ("optim", "optim_args", "said"),
+    [
+        ("adamw_torch", "qk_clip=100", "qk_clip is done with --optim muon, adamuon, adamuon_v1, mud"),
+        ("sgd", "momentum=0.9, diagnostics=50", "nothing of it with optim='sgd'"),
+        ("adamw_torch", "diagnostics_per_layer=true", "remove diagnostics_per_layer from optim_args"),
+        ("sgd", "momentum=0.9,nesterov=true,my_qk_clip=1", None),
+        ("adamw_torch", "qk_clip=None,diagnostics=0,diagnostics_per_layer=False", None),
+        ("adamw_torch", None, None),
+        ("mud", "diagnostics=50", None),
+    ],
+)
+def test_what_other_optimizers_leave_out_is_warned_of(
+    optim: str, optim_args: str | None, said: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    warnings: list[str] = []
+    monkeypatch.setattr(registration.logger, "warning", lambda text, *values: warnings.append(text % values))
+    trainer = Trainer(tiny_gpt2(), arguments(optim, optim_args=optim_args), train_dataset=examples())
     trainer.train()
     assert trainer.state.global_step > 0
+    about_arguments = [message for message in warnings if message.startswith("optim_args=")]
+    assert [str(said) in message for message in about_arguments] == ([True] if said else [])
 
 
 def test_the_tripwire_names_deepspeeds_optimizer_block() -> None:
