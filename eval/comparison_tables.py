@@ -1,6 +1,7 @@
 """The tables and the figure of a comparison."""
 
 import math
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -60,8 +61,14 @@ def percent(value: float, error: float | None, *, sign: bool = False) -> str:
     return text if error is None or math.isnan(error) else f"{text} ± {100 * error:.2f}"
 
 
-def _whole_name(result: dict[str, Any]) -> str:
-    return f"{result['title']} (each of its tasks)" if len(result["leaves"]) > 1 else str(result["title"])
+def _cut_name(result: dict[str, Any]) -> str | None:
+    """What only the first questions were asked of; None if its ``limit`` left all in."""
+    limit, leaves = result["key"]["limit"], result["leaves"].values()
+    if limit is None or all(len(leaf["score"]) < limit for leaf in leaves):
+        return None
+    if result["documents"] == result["documents_published"]:
+        return None
+    return f"{result['title']} (each of its tasks)" if len(leaves) > 1 else str(result["title"])
 
 
 def notes(results: Results, columns: Sequence[Benchmark], common: Sequence[Benchmark]) -> list[str]:
@@ -70,15 +77,18 @@ def notes(results: Results, columns: Sequence[Benchmark], common: Sequence[Bench
     lines = [
         "Percent ± standard error over questions. ≈ marks a score within two standard errors of guessing.",
     ]
-    cut = [result for result in every if result["key"]["limit"] is not None]
-    cut = [result for result in cut if result["documents"] < result["documents_published"]]
-    for limit in sorted({result["key"]["limit"] for result in cut}):
-        of = sorted({_whole_name(result) for result in cut if result["key"]["limit"] == limit})
-        lines.append(f"**Only the first {limit:,} questions of {', '.join(of)} were asked: no result, a trial.**")
+    cut: dict[int, set[str]] = defaultdict(set)
+    for result in every:
+        if name := _cut_name(result):
+            cut[result["key"]["limit"]].add(name)
+    for limit, names in sorted(cut.items()):
+        lines.append(
+            f"**Only the first {limit:,} questions of {', '.join(sorted(names))} were asked: no result, a trial.**"
+        )
     short = {
         result["title"]: f"{result['title']} {result['documents']:,} of {result['documents_published']:,}"
         for result in every
-        if result["key"]["limit"] is None and result["documents"] != result["documents_published"]
+        if _cut_name(result) is None and result["documents"] != result["documents_published"]
     }
     if short:
         lines.append(f"Not the published number of questions: {'; '.join(short.values())}.")

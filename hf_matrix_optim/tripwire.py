@@ -86,7 +86,8 @@ class OptimizerTripwire(TrainerCallback):
 def _warn_of_unread(args: Any) -> None:
     """Warn if ``--optim_args`` asks for what callbacks of this package do, beside another optimizer.
 
-    A warning and no error: a subclass of Trainer may read a key of the same name itself.
+    A warning and no error: a subclass of Trainer may read a key of the same name itself, and in a form of its own, so
+    what is no ``key=value`` is passed over here.
     """
     parts = args.optim_args.split(",") if isinstance(args.optim_args, str) else []
     pairs = {key.strip(): value.strip().lower() for key, _, value in (part.partition("=") for part in parts)}

@@ -182,6 +182,10 @@ def test_what_limits_a_comparison_is_said(tmp_path):
         "- **Only the first 100 questions of GSM8K were asked: no result, a trial.**",
         "- **Only the first 150 questions of HellaSwag were asked: no result, a trial.**",
     ]
+    write(tmp_path / "more", "a", "piqa", answers(0.7), limit=2500)  # more than there are
+    text = compare_results([tmp_path / "more"])
+    assert "Only" not in text
+    assert "PIQA 200 of 1,838" in text
 
 
 def test_results_that_cannot_be_are_refused(tmp_path):
