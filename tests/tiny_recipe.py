@@ -21,12 +21,13 @@ TOKENIZER = RECIPES / "data" / "tokenizer"
 ALICE = (NOVELS / "train" / "alices_adventures_in_wonderland.txt").read_text(encoding="utf-8")
 THURSDAY = (NOVELS / "validation" / "the_man_who_was_thursday.txt").read_text(encoding="utf-8")
 FAMILIES = ("qwen2_5", "gpt2", "esm2", "cifar10")
+# With the threads of this process: a run that goes on with another number of them rounds otherwise.
 ENVIRONMENT = {
     **os.environ,
     "HF_HUB_OFFLINE": "1",
     "HF_DATASETS_OFFLINE": "1",
     "PYTHONPATH": str(ROOT),
-    "OMP_NUM_THREADS": "1",
+    "OMP_NUM_THREADS": str(torch.get_num_threads()),
     "TOKENIZERS_PARALLELISM": "false",
 }
 # Small enough for a step of milliseconds; the proteins and the digits are those of the repository.
