@@ -51,14 +51,14 @@ MERGED = "merged"  # folder of a model with its adapter merged in
 
 
 def read_run(folder: Path) -> dict[str, Any] | None:
-    """Return the contents of a folder's ``run.json``, or None if it has none.
+    """Return the contents of a folder's ``run.json``, or None if it has none or is no folder.
 
     Raises:
         RecipeError: if the file is not the JSON object that a run writes.
     """
     try:
         run = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise RecipeError(f"{folder / RUN_FILE} is not JSON: {error}") from error

@@ -310,6 +310,7 @@ def test_a_rate_that_is_not_the_sweeps_best_is_not_tuned(tmp_path: Path, capsys:
     ("more", "message"),
     [
         (["{folder}/nothing"], "nothing has no run.json: it is not the folder of a run"),
+        (["{folder}/run/run.json"], "run.json has no run.json: it is not the folder of a run"),
         (["{folder}/untrained"], "untrained has no log.jsonl"),
         (["{folder}/damaged"], "log.jsonl, line 1, is not a record of a run"),
         (["{folder}/run", "--targets", "3,x"], "--targets 3,x: 'x' is no number"),
